@@ -1,0 +1,24 @@
+"""Glassine: Stable Diffusion on Core ML, with a strength for every pixel.
+
+convert:   checkpoint -> weights -> network -> program -> package -> verify
+generate:  prompt / image / change map -> conditioning -> latents -> loop(denoiser, sampler, blend) -> decode -> image
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from glassine.runtime.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Loaded on first use, so that `import glassine` and `glassine --help` answer at once.
+    if name == "Pipeline":
+        from glassine.runtime.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module 'glassine' has no attribute {name!r}")

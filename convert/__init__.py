@@ -1,0 +1,1 @@
+"""From weights to packages: checkpoint -> weights -> network -> program -> package -> verify."""

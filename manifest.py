@@ -1,0 +1,107 @@
+"""glassine.json: what a converted folder holds. The converter writes it, the runtime reads it, neither imports the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glassine.errors import PackageError
+
+FORMAT_VERSION = 1
+FILE_NAME = "glassine.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One package of the folder.
+
+    inputs, outputs: name -> [shape, dtype]. source, source_sha256: the weights file it was made of.
+    """
+
+    file: str
+    role: str
+    inputs: dict[str, tuple[tuple[int, ...], str]]
+    outputs: dict[str, tuple[tuple[int, ...], str]]
+    parameters: int
+    precision: str
+    source: str
+    source_sha256: str
+    attention: str | None = None
+    layout: str | None = None
+    palette: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduler:
+    """The training noise schedule (all of Stable Diffusion 1 and 2 and SDXL: the defaults)."""
+
+    train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    zero_terminal_snr: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A converted model: sizes in pixels, `batch` rows and `tokens` per UNet call, parts by role."""
+
+    name: str
+    family: str
+    prediction_type: str
+    width: int
+    height: int
+    batch: int
+    tokens: int
+    latent_scale: float
+    clip_skip: int
+    parts: dict[str, Part]
+    scheduler: Scheduler = field(default_factory=Scheduler)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write glassine.json into `folder`."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (folder / FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read glassine.json from `folder`.
+
+        Raises:
+            PackageError: no such file, not JSON, unknown or missing fields, or written by a newer Glassine.
+        """
+        path = folder / FILE_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise PackageError(
+                f"{folder}: no {FILE_NAME} here; expected a folder made by 'glassine convert CHECKPOINT FOLDER'"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise PackageError(f"{path}: cannot be read ({error}); convert the model again") from None
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise PackageError(
+                f"{path}: format_version {version}, this Glassine reads {FORMAT_VERSION}; "
+                "update Glassine or convert the model again"
+            )
+        try:
+            parts = {role: _part(part) for role, part in raw.pop("parts").items()}
+            return cls(parts=parts, scheduler=Scheduler(**raw.pop("scheduler")), **raw)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PackageError(f"{path}: not a valid manifest ({error}); convert the model again") from None
+
+
+def _part(raw: dict[str, Any]) -> Part:
+    def specs(side: str) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (tuple(shape), dtype) for name, (shape, dtype) in raw.pop(side).items()}
+
+    # A manifest is untrusted: a part lives directly in its folder, nowhere else.
+    if Path(raw["file"]).name != raw["file"]:
+        raise ValueError(f"part file {raw['file']!r} is not a plain file name")
+    return Part(inputs=specs("inputs"), outputs=specs("outputs"), **raw)

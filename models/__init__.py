@@ -1,0 +1,1 @@
+"""What the networks are: pure descriptions in Core ML's MIL Builder. No weights, no files, no torch."""

@@ -1,0 +1,125 @@
+"""The contract every engine keeps: what goes in, what comes out, and the one place where inputs are checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.errors import EngineError, PackageError
+
+EngineName = Literal["auto", "coreml", "portable"]
+ComputeUnits = Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, static shape and dtype ("float32", "float16", "int32") of one input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Realised:
+    """What really runs: the engine, the device or compute units it got, and the seconds that loading took."""
+
+    engine: str
+    device: str
+    precision: str
+    load_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How to run packages.
+
+    engine: "coreml" (macOS), "portable" (PyTorch, anywhere) or "auto" = Core ML on a Mac, portable elsewhere.
+    compute_units: for Core ML. device: for the portable engine ("cpu", "cuda", "mps").
+    precision: for the portable engine; "fp16" rounds after every operation as the Neural Engine does.
+    """
+
+    engine: EngineName = "auto"
+    compute_units: ComputeUnits = "all"
+    device: str = "cpu"
+    precision: Precision = "fp32"
+
+
+class Engine(Protocol):
+    """One loaded package.
+
+    `predict` takes one array per input and returns a new dict of float32 (or int32) arrays, one per output. The
+    engine may reuse its output buffers: a caller who keeps a result beyond the next call copies it.
+    """
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    realised: Realised
+
+    def predict(self, **arrays: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]: ...
+
+    def close(self) -> None: ...
+
+
+def check_inputs(
+    package: str, specs: Mapping[str, TensorSpec], arrays: Mapping[str, NDArray[np.generic]]
+) -> dict[str, NDArray[np.generic]]:
+    """Return `arrays` as contiguous arrays an engine can take, or say what is wrong with them.
+
+    Floats become float32 (fp16 inputs are rounded by the program itself), integers int32.
+
+    Raises:
+        EngineError: an input is missing, unknown, of another shape, or a float where an integer is expected.
+    """
+    missing = sorted(set(specs) - set(arrays))
+    unknown = sorted(set(arrays) - set(specs))
+    if missing or unknown:
+        raise EngineError(
+            f"{package}: expected the inputs {sorted(specs)}, got {sorted(arrays)}"
+            + (f"; missing {missing}" if missing else "")
+            + (f"; unknown {unknown}" if unknown else "")
+        )
+    checked: dict[str, NDArray[np.generic]] = {}
+    for name, spec in specs.items():
+        array = np.asarray(arrays[name])
+        if array.shape != spec.shape:
+            raise EngineError(
+                f'{package}: input "{name}" has shape {array.shape}, expected {spec.shape}; '
+                "convert with the size, batch or token count you need"
+            )
+        wants_int = spec.dtype.startswith(("int", "uint"))
+        if wants_int and not np.issubdtype(array.dtype, np.integer):
+            raise EngineError(f'{package}: input "{name}" has dtype {array.dtype}, expected integers ({spec.dtype})')
+        checked[name] = np.ascontiguousarray(array, dtype=np.int32 if wants_int else np.float32)
+    return checked
+
+
+def open_engine(package: Path | str, options: EngineOptions | None = None) -> Engine:
+    """Load one .mlpackage on the engine that `options` ask for.
+
+    Raises:
+        PackageError: there is no package at this path.
+        EngineError: Core ML was asked for and this is not a Mac, or the package cannot be loaded.
+        MissingDependency: the portable engine needs PyTorch and it is not installed.
+    """
+    options = options or EngineOptions()
+    package = Path(package)
+    if not (package / "Manifest.json").is_file():
+        raise PackageError(f"{package}: not a model package (no Manifest.json); convert one with 'glassine convert'")
+    name = options.engine
+    if name == "auto":
+        name = "coreml" if sys.platform == "darwin" else "portable"
+    if name == "coreml":
+        from glassine.runtime.engine.coreml import CoreMLEngine
+
+        return CoreMLEngine(package, compute_units=options.compute_units)
+    from glassine.runtime.engine.portable.executor import PortableEngine
+
+    return PortableEngine(package, device=options.device, precision=options.precision)

@@ -1,0 +1,1 @@
+"""Runs ML Programs on PyTorch: package -> program -> one function per MIL operation -> arrays."""

@@ -1,0 +1,1 @@
+"""The operations, filed and named as coremltools files them."""
