@@ -1,0 +1,261 @@
+"""Program + weights -> .mlpackage: one pass over the plan, file to file, in a few megabytes of memory.
+
+A package is Manifest.json and Data/com.apple.CoreML/{model.mlmodel, weights/weight.bin}. Equal input gives equal
+bytes: there are no dates, and the identifiers are derived from the names.
+
+Files are not fsynced (neither does `cp`): a killed process loses nothing, a power cut in the seconds after may.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.convert.program import BLOB_DTYPES, Lowered, Plan, Record, Weight
+from glassine.convert.weights import Span, WeightSource
+from glassine.errors import ConversionError, PackageError
+
+_CHUNK = 1 << 20  # bytes; small enough to stay in the cache between reading, checking and writing
+_MODEL = "com.apple.CoreML/model.mlmodel"
+_WEIGHTS = "com.apple.CoreML/weights"
+
+Copied = Callable[[int], None]
+
+
+def write_package(
+    path: Path, lowered: Lowered, weights: WeightSource, *, overwrite: bool = False, copied: Copied | None = None
+) -> None:
+    """Write one .mlpackage at `path`, complete or not at all.
+
+    Args:
+        path: ends in .mlpackage.
+        lowered: from `glassine.convert.program.lower`.
+        weights: where the plan's weights come from.
+        overwrite: an existing package is replaced once the new one is complete.
+        copied: called with the number of bytes written since the last call.
+
+    Raises:
+        PackageError: `path` exists, cannot be written, or the disk is too full.
+        ConversionError: a weight is not finite, or too large for fp16.
+    """
+    with replacing(path, overwrite=overwrite) as fresh:
+        check_space(fresh, lowered.plan.file_size + len(lowered.model))
+        write_files(fresh, lowered, weights, copied)
+
+
+def write_files(package: Path, lowered: Lowered, weights: WeightSource, copied: Copied | None = None) -> None:
+    """Write the package's files into the folder `package`, which exists and is empty."""
+    data = package / "Data"
+    (data / _WEIGHTS).mkdir(parents=True)
+    (data / _MODEL).write_bytes(lowered.model)
+    write_weights(data / _WEIGHTS / "weight.bin", lowered.plan, weights, copied)
+    (package / "Manifest.json").write_text(_manifest(), encoding="utf-8")
+
+
+def _manifest() -> str:
+    """The package's table of contents; identifiers are random in Apple's tools, derived from the path here."""
+    model, weights = (
+        str(uuid.uuid5(uuid.NAMESPACE_URL, f"glassine:{name}")).upper() for name in ("model.mlmodel", "weights")
+    )
+    entries = {
+        model: {
+            "author": "com.apple.CoreML",
+            "description": "CoreML Model Specification",
+            "name": "model.mlmodel",
+            "path": _MODEL,
+        },
+        weights: {
+            "author": "com.apple.CoreML",
+            "description": "CoreML Model Weights",
+            "name": "weights",
+            "path": _WEIGHTS,
+        },
+    }
+    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": model}
+    return json.dumps(manifest, indent=4, sort_keys=True) + "\n"
+
+
+def write_weights(path: Path, plan: Plan, weights: WeightSource, copied: Copied | None = None) -> None:
+    """Write weight.bin: the blob file that the offsets of `plan` point into."""
+    with path.open("xb", buffering=0) as file:
+        out = file.fileno()
+        os.ftruncate(out, plan.file_size)
+        _put(out, struct.pack("<II7Q", len(plan.records), 2, *[0] * 7), 0)
+        for record in _in_source_order(plan, weights):
+            _put(out, _metadata(record), record.offset)
+            for data, position in _content(record, weights):
+                _put(out, data, record.data_offset + position)
+                if copied is not None:
+                    copied(len(data))
+
+
+def _metadata(record: Record) -> bytes:
+    return struct.pack(
+        "<IIQQQ4Q", 0xDEADBEEF, BLOB_DTYPES[record.dtype], record.nbytes, record.data_offset, 0, *[0] * 4
+    )
+
+
+def _in_source_order(plan: Plan, weights: WeightSource) -> list[Record]:
+    """Records in the order their bytes lie in the source: a cold disk is read from front to back."""
+
+    def place(record: Record) -> tuple[str, int]:
+        span = weights.span(record.content.name) if isinstance(record.content, Weight) else None
+        return (str(span.path), span.offset) if span is not None else ("", record.offset)
+
+    return sorted(plan.records, key=place)
+
+
+def _content(record: Record, weights: WeightSource) -> Iterator[tuple[memoryview, int]]:
+    """The record's bytes in pieces, each with its position in the record."""
+    if isinstance(record.content, bytes):
+        yield memoryview(record.content), 0
+        return
+    weight = record.content
+    span = weights.span(weight.name)
+    if span is not None and span.dtype == record.dtype and weight.scale == 1.0:
+        yield from _copied(record, span, weights)
+    else:
+        yield from _computed(record, weight, weights)
+
+
+def _copied(record: Record, span: Span, weights: WeightSource) -> Iterator[tuple[memoryview, int]]:
+    buffer = memoryview(bytearray(min(_CHUNK, span.nbytes)))
+    with span.path.open("rb", buffering=0) as file:
+        for position in range(0, span.nbytes, _CHUNK):
+            piece = buffer[: min(_CHUNK, span.nbytes - position)]
+            if os.preadv(file.fileno(), [piece], span.offset + position) != len(piece):
+                raise ConversionError(f"{span.path}: the file became shorter while it was read")
+            values = np.frombuffer(piece, dtype=record.dtype)
+            if not _all_finite(values):
+                _explain(record, weights, values, values, position // values.itemsize)
+            yield piece, position
+
+
+def _computed(record: Record, weight: Weight, weights: WeightSource) -> Iterator[tuple[memoryview, int]]:
+    size = np.dtype(record.dtype).itemsize
+    step = _CHUNK // size
+    count = record.nbytes // size
+    for start in range(0, count, step):
+        stored = weights.read(weight.name, start, min(start + step, count))
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = stored if weight.scale == 1.0 else stored.astype(np.float32) * np.float32(weight.scale)
+            values = np.ascontiguousarray(scaled, dtype=record.dtype)
+        if not _all_finite(values):
+            _explain(record, weights, stored, values, start)
+        yield values.view(np.uint8).data, start * size
+
+
+def _all_finite(values: NDArray[np.generic]) -> bool:
+    """True when no element is NaN or infinite, read off the exponent bits: several times faster than isfinite."""
+    if values.dtype == np.float16:
+        exponent = np.uint16(0x7C00)
+        return bool((values.view(np.uint16) & exponent).max(initial=0) < exponent)
+    return bool(np.isfinite(values).all())
+
+
+def _explain(
+    record: Record, weights: WeightSource, stored: NDArray[np.generic], values: NDArray[np.generic], start: int
+) -> None:
+    """Raise for the first element of `values` that is not finite."""
+    assert isinstance(record.content, Weight)
+    name = record.content.name
+    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    shape = weights.shapes[name]
+    index = tuple(int(i) for i in np.unravel_index(start + first, shape))
+    source = float(stored[first])
+    if np.isfinite(source):
+        scale = f" x {record.content.scale}" if record.content.scale != 1.0 else ""
+        raise ConversionError(
+            f"{weights.origin(name)}: the value {source:g}{scale} at {index} is outside the range of "
+            f"{record.dtype} (+-65504); use an fp16-safe version of this model"
+        )
+    raise ConversionError(
+        f"{weights.origin(name)}: the value at {index} is {source}; the file is damaged or its training diverged, "
+        "use another copy"
+    )
+
+
+def _put(out: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(out, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        PackageError: fewer than `needed` bytes (and a little) are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + (16 << 20):
+        raise PackageError(
+            f"{folder.parent}: {needed / 1e9:.2f} GB are needed here and {free / 1e9:.2f} GB are free; "
+            "make room or choose another disk"
+        )
+
+
+@contextmanager
+def replacing(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
+
+    An existing `path` stays as it is until then. The folder is locked while it is written: a second conversion to the
+    same place is refused, and what a killed one left is recognised by its free lock and removed.
+
+    Raises:
+        PackageError: `path` exists and `overwrite` is False, its parent is missing or not writable, or another
+            conversion to it is running.
+    """
+    path = path.absolute()
+    if path.exists() and not overwrite:
+        raise PackageError(f"{path}: exists; choose another name or pass --overwrite to replace it")
+    fresh = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.replaced")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir(exist_ok=True)
+        lock = os.open(fresh, os.O_RDONLY)
+    except OSError as error:
+        raise PackageError(f"{path.parent}: cannot be written ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackageError(
+                f"{path}: another conversion is writing here; wait for it or choose another name"
+            ) from None
+        _empty(fresh)
+        try:
+            yield fresh
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            fresh.rename(path)
+        except BaseException:  # Ctrl-C too
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,303 @@
+"""Network -> ML Program and weight plan: the graph is written with stand-ins, so no weight is in memory here.
+
+A network asks `Requests` for its weights and receives stand-ins (arrays without memory that know their name). `lower`
+turns the program into the bytes of model.mlmodel and a `Plan`: which record of weight.bin holds which weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from glassine.errors import ConversionError
+
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Program
+
+# Core ML's blob file, MILBlob/Blob/StorageFormat.hpp: a 64-byte header, then per record 64 bytes of metadata and the
+# data, every record at a multiple of 64. A program's offset points at the metadata.
+ALIGNMENT = 64
+BLOB_DTYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int16": 6, "uint16": 7, "int32": 14, "uint32": 15}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a network asked for: canonical name, shape, a factor applied in float32, and the dtype to store."""
+
+    name: str
+    shape: tuple[int, ...]
+    scale: float
+    dtype: Literal["float16", "float32"]
+
+
+class StandIn(np.ndarray[Any, np.dtype[Any]]):
+    """A zero-stride array in the place of a weight: its shape and dtype are right, its values do not exist.
+
+    Only a reshape keeps the `weight`; whatever else NumPy makes of a stand-in has none and is refused by `lower`.
+    """
+
+    weight: Weight | None
+
+    @classmethod
+    def of(cls, weight: Weight) -> StandIn:
+        """Make the stand-in of `weight`."""
+        fill = np.zeros((), dtype=weight.dtype)
+        array = np.broadcast_to(fill, weight.shape).view(cls)
+        array.weight = weight
+        return array
+
+    def __array_finalize__(self, obj: object) -> None:
+        self.weight = None
+
+    def reshape(self, *shape: Any, **kwargs: Any) -> StandIn:
+        """Reshape; the elements keep their order, so the result stands for the same weight."""
+        result: StandIn = super().reshape(*shape, **kwargs)
+        result.weight = self.weight
+        return result
+
+
+class Requests:
+    """The `weights` argument of a network: hands out one stand-in per canonical name.
+
+    shapes: the canonical weights there are; None accepts every name (for programs without a checkpoint).
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self._shapes = shapes
+        self._asked: dict[str, Weight] = {}
+
+    def __call__(
+        self, name: str, shape: Collection[int], *, scale: float = 1.0, dtype: DTypeLike = np.float16
+    ) -> StandIn:
+        """Return the stand-in for the weight `name` in the `shape` the network wants.
+
+        The elements are the source's, in its order; 1-sized dimensions may differ (a 1x1 convolution is a matrix).
+
+        Raises:
+            ConversionError: no such weight, another shape, or asked for twice.
+        """
+        shape = tuple(int(size) for size in shape)
+        if name in self._asked:
+            raise ConversionError(f"{name}: the network asks for this weight twice; it has to reuse the first answer")
+        if self._shapes is not None:
+            if name not in self._shapes:
+                raise ConversionError(f"{name}: the network needs this weight of shape {shape} and the source has none")
+            stored = self._shapes[name]
+            if [size for size in stored if size != 1] != [size for size in shape if size != 1]:
+                raise ConversionError(f"{name}: the source has shape {stored}, the network needs {shape}")
+        stored_as: Literal["float16", "float32"] = "float32" if np.dtype(dtype) == np.float32 else "float16"
+        self._asked[name] = Weight(name, shape, float(scale), stored_as)
+        return StandIn.of(self._asked[name])
+
+    @property
+    def asked(self) -> Mapping[str, Weight]:
+        """Every weight asked for so far, by name."""
+        return self._asked
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of weight.bin: at `offset`, either a weight of the source or a literal of the graph."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+    content: Weight | bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data, in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def data_offset(self) -> int:
+        """Where the data begins: behind the metadata."""
+        return self.offset + ALIGNMENT
+
+
+@dataclass(slots=True)
+class Plan:
+    """What weight.bin will hold, record by record, in ascending order."""
+
+    records: list[Record] = field(default_factory=list)
+    _offsets: dict[tuple[object, ...], int] = field(default_factory=dict, repr=False, compare=False)
+
+    def place(self, content: Weight | bytes, shape: tuple[int, ...], dtype: str) -> int:
+        """Return the offset of this content, giving it the next free one if it is new.
+
+        One weight in two shapes is one record: the elements are the same.
+        """
+        key = (content.name, content.scale, dtype) if isinstance(content, Weight) else (content, dtype)
+        if key not in self._offsets:
+            record = Record(self.end, shape, dtype, content)
+            self.records.append(record)
+            self._offsets[key] = record.offset
+        return self._offsets[key]
+
+    @property
+    def end(self) -> int:
+        """The next free offset, a multiple of 64."""
+        if not self.records:
+            return ALIGNMENT
+        last = self.records[-1]
+        return -(-(last.data_offset + last.nbytes) // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def file_size(self) -> int:
+        """Size of weight.bin: the last record is not padded."""
+        return self.records[-1].data_offset + self.records[-1].nbytes if self.records else ALIGNMENT
+
+    def weights(self) -> Iterator[tuple[Record, Weight]]:
+        """The records that come from the source."""
+        for record in self.records:
+            if isinstance(record.content, Weight):
+                yield record, record.content
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements that come from the source."""
+        return sum(int(np.prod(record.shape, dtype=np.int64)) for record, _ in self.weights())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The words in a package: who made the model, what it is, what its inputs and outputs mean."""
+
+    author: str = ""
+    licence: str = ""
+    version: str = ""
+    summary: str = ""
+    features: Mapping[str, str] = field(default_factory=dict)
+    user_defined: Mapping[str, str] = field(default_factory=dict)
+
+
+Tensors = dict[str, tuple[tuple[int, ...], str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """A program ready to be written: the bytes of model.mlmodel, the plan of weight.bin, inputs and outputs.
+
+    inputs, outputs: name -> (shape, "float16" | "float32" | "int32").
+    """
+
+    model: bytes
+    plan: Plan
+    inputs: Tensors
+    outputs: Tensors
+
+
+def lower(program: Program, description: Description | None = None) -> Lowered:
+    """Turn `program` into a model and a weight plan; no weight is read.
+
+    Raises:
+        ConversionError: a weight was folded into a constant or lost on its way through the graph.
+    """
+    # The exporter is coremltools' own, private but stable since 7.2; only where constants go is changed here.
+    from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
+    from coremltools.converters.mil.mil import Builder
+    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+
+    for name in ("common::dedup_op_and_var_names", "mil_backend::sanitize_name_strings"):
+        PASS_REGISTRY[name](program)
+    _check_provenance(program)
+    function = program.functions["main"]
+    version = int(function.opset_version)
+    plan = Plan()
+    exporter = CoreMLProtoExporter(
+        program,
+        _export(program, version, plan),
+        predicted_feature_name=None,
+        predicted_probabilities_name=None,
+        classifier_config=None,
+        convert_to="mlprogram",
+        convert_from="milinternal",
+        specification_version=version,
+    )
+    model = exporter.export(version)
+    _describe(model.description, description if description is not None else Description())
+    # The builder numbers equal names for the life of the process; convert() of coremltools starts afresh likewise.
+    Builder.name_count.clear()
+    return Lowered(
+        # Maps inside the message (functions, attributes) are unordered unless asked for: equal input, equal bytes.
+        model=model.SerializeToString(deterministic=True),
+        plan=plan,
+        inputs=_tensors(model.description.input),
+        outputs=_tensors(model.description.output),
+    )
+
+
+def _check_provenance(program: Program) -> None:
+    """Refuse operations that computed with the values of a stand-in: there are none."""
+    for operation in program.functions["main"].operations:
+        if operation.op_type == "const":
+            val = operation.outputs[0].val
+            if isinstance(val, StandIn):
+                if val.weight is None:
+                    raise ConversionError(
+                        f"constant {operation.name}: a weight was changed before it reached the graph"
+                    )
+                if not operation.outputs[0].child_ops:
+                    raise ConversionError(f"{val.weight.name}: the network asked for this weight and does not use it")
+            continue
+        for out in operation.outputs:
+            if out.val is not None and any(isinstance(var.val, StandIn) for var in operation.get_flattened_inputs()):
+                raise ConversionError(f"{operation.op_type} {operation.name}: this operation would fold a weight")
+
+
+def _export(program: Program, version: int, plan: Plan) -> Any:
+    """Export `program` to a MIL protobuf, placing big constants and every weight in `plan`."""
+    from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor, types_to_proto_primitive
+    from coremltools.converters.mil.backend.mil.load import (
+        MILProtoExporter,
+        create_immediate_value,
+        should_use_weight_file,
+    )
+    from coremltools.converters.mil.mil import Var
+
+    class Exporter(MILProtoExporter):  # type: ignore[misc]
+        def get_milproto_value(self, var: Var) -> Any:
+            value = var.val
+            if isinstance(value, StandIn):
+                # Small weights go to the file too (coremltools keeps them in the program): the plan is complete.
+                assert value.weight is not None
+                offset = plan.place(value.weight, value.shape, value.dtype.name)
+            elif isinstance(value, np.ndarray) and should_use_weight_file(value, version):
+                offset = plan.place(np.ascontiguousarray(value).tobytes(), value.shape, value.dtype.name)
+            else:
+                return create_immediate_value(var)
+            primitive = types_to_proto_primitive(var.sym_type.get_primitive())
+            return create_file_value_tensor("@model_path/weights/weight.bin", offset, value.shape, primitive)
+
+    return Exporter(program, "", version).export()
+
+
+def _describe(target: Any, description: Description) -> None:
+    metadata = target.metadata
+    metadata.author = description.author
+    metadata.license = description.licence
+    metadata.versionString = description.version
+    metadata.shortDescription = description.summary
+    for key, text in description.user_defined.items():
+        metadata.userDefined[key] = text
+    for feature in (*target.input, *target.output):
+        if feature.name in description.features:
+            feature.shortDescription = description.features[feature.name]
+
+
+def _tensors(features: Any) -> Tensors:
+    from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType
+
+    names = {
+        ArrayFeatureType.FLOAT16: "float16",
+        ArrayFeatureType.FLOAT32: "float32",
+        ArrayFeatureType.INT32: "int32",
+    }
+    return {
+        feature.name: (tuple(feature.type.multiArrayType.shape), names[feature.type.multiArrayType.dataType])
+        for feature in features
+    }
