@@ -1,0 +1,237 @@
+"""The words the networks are written in: MIL Builder operations that ask for their weights by canonical name.
+
+A `Scope` is a place in a network: `w / "conv1"` is one level deeper, and `w("weight", shape)` asks for a weight there.
+Every function of this folder takes the scope first, appends operations to the function being built, and returns the
+MIL variable of the result. Images are (B, C, H, W); tokens are (B, C, 1, S) in the layout `channels_first` and
+(B, S, C) in `channels_last`. Everything is fp16 except where a comment says why not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil.converter import _reset_conversion_state
+from coremltools.converters.mil.mil import Function, Program, types
+from numpy.typing import DTypeLike, NDArray
+
+from glassine.models.config import Attention, Layout
+
+Var = Any  # a coremltools MIL variable
+
+
+class Weights(Protocol):
+    """Where a network's weights come from."""
+
+    def __call__(
+        self, name: str, shape: tuple[int, ...], *, scale: float = 1.0, dtype: DTypeLike = np.float16
+    ) -> NDArray[Any]:
+        """Return the weight `name` times `scale`, in this shape and dtype; every name is asked for once.
+
+        name: diffusers' for UNet and VAE, Hugging Face's (with `text_model.`) for text encoders. shape: may differ from
+        the source's by dimensions of size 1 (a linear layer's matrix serves a 1x1 convolution). The array may be a
+        stand-in without values, so networks hand it to MIL operations as it is.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A place in a network: whose weights, under which prefix, and how attention and its tokens are written."""
+
+    weights: Weights
+    attention: Attention
+    layout: Layout
+    path: str = ""
+
+    def __truediv__(self, name: str | int) -> Scope:
+        return replace(self, path=f"{self.path}.{name}" if self.path else str(name))
+
+    def __call__(self, name: str, shape: tuple[int, ...], *, scale: float = 1.0) -> NDArray[Any]:
+        """Ask for the weight `name` of this place, fp16."""
+        return self.weights(f"{self.path}.{name}", shape, scale=scale)
+
+    def op(self, what: str = "") -> str:
+        """Name an operation after its place, so that a report that names it says where it is."""
+        name = self.path.replace(".", "_")
+        return f"{name}_{what}" if what else name
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether tokens are (B, C, 1, S)."""
+        return self.layout == "channels_first"
+
+
+def build(
+    inputs: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+    body: Callable[..., Mapping[str, Var]],
+    *,
+    attention: Attention = "einsum",
+) -> Program:
+    """Make the program whose one function `main` computes body(**inputs); all outputs are cast to fp32.
+
+    inputs: name -> (shape, np.float16 or np.float32). The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the
+    fused attention operation needs it.
+    """
+    import coremltools as ct
+
+    _reset_conversion_state()  # operation names count up for the life of the process otherwise
+    builtin = {np.float16: types.fp16, np.float32: types.fp32}
+    placeholders = {name: mb.placeholder(shape, dtype=builtin[dtype]) for name, (shape, dtype) in inputs.items()}
+    program = Program()
+    with Function(placeholders, opset_version=ct.target.iOS18 if attention == "sdpa" else ct.target.iOS16) as function:
+        results = body(**function.inputs)
+        function.set_outputs([mb.cast(x=result, dtype="fp32", name=name) for name, result in results.items()])
+    program.add_function("main", function)
+    return program
+
+
+def conv(w: Scope, x: Var, channels: int, *, kernel: int = 3, stride: int = 1, bias: bool = True) -> Var:
+    """Convolve (B, C, H, W) to `channels`; padding keeps the size at stride 1."""
+    weight = w("weight", (channels, x.shape[1], kernel, kernel))
+    pad = {"pad_type": "custom", "pad": [kernel // 2] * 4} if kernel > 1 else {"pad_type": "valid"}
+    offset = {"bias": w("bias", (channels,))} if bias else {}
+    return mb.conv(x=x, weight=weight, **offset, strides=[stride, stride], **pad, name=w.op())
+
+
+def dense(w: Scope, x: Var, channels: int, *, bias: bool = True, scale: float = 1.0) -> Var:
+    """Map every token to `channels`: a linear layer, or a 1x1 convolution where channels come first.
+
+    `scale` multiplies weight and bias before they are rounded to fp16.
+    """
+    if w.channels_first:
+        weight = w("weight", (channels, x.shape[1], 1, 1), scale=scale)
+        operation = mb.conv
+    else:
+        weight = w("weight", (channels, x.shape[-1]), scale=scale)
+        operation = mb.linear
+    offset = {"bias": w("bias", (channels,), scale=scale)} if bias else {}
+    return operation(x=x, weight=weight, **offset, name=w.op())
+
+
+def layer_norm(w: Scope, x: Var, *, axis: int = -1) -> Var:
+    """Normalise over the channels at `axis`, eps 1e-5, then x*weight + bias (never the division by a weight)."""
+    shape = (x.shape[axis],)
+    return mb.layer_norm(
+        x=x, axes=[axis], gamma=w("weight", shape), beta=w("bias", shape), epsilon=np.float16(1e-5), name=w.op()
+    )
+
+
+def group_norm(w: Scope, x: Var, groups: int, *, eps: float, flat: bool = False) -> Var:
+    """Normalise (B, C, H, W) over groups of channels and all positions; `flat` returns (B, C, H*W).
+
+    Two spellings. For the GPU (`einsum`, `sdpa`), what coremltools' own converter emits. For the Neural Engine
+    (`split`) one whose statistics survive fp16: see `_group_norm_fp16`.
+    """
+    if w.attention == "split":
+        y = _group_norm_fp16(w, x, groups, eps)
+        return mb.reshape(x=y, shape=(*x.shape[:2], x.shape[2] * x.shape[3])) if flat else y
+    batch, channels, height, width = x.shape
+    spatial = (height * width,) if flat else (height, width)
+    x = mb.reshape(x=x, shape=(batch, groups, channels // groups, *spatial), name=w.op("groups"))
+    axes = list(range(2, x.rank))
+    x = mb.sub(x=x, y=mb.reduce_mean(x=x, axes=axes, keep_dims=True, name=w.op("mean")), name=w.op("centred"))
+    variance = mb.reduce_mean(x=mb.square(x=x, name=w.op("square")), axes=axes, keep_dims=True, name=w.op("variance"))
+    deviation = mb.sqrt(x=mb.add(x=variance, y=np.float16(eps), name=w.op("eps")), name=w.op("deviation"))
+    x = mb.real_div(x=x, y=deviation, name=w.op("normal"))
+    x = mb.reshape(x=x, shape=(batch, channels, *spatial), name=w.op("flat"))
+    return mb.batch_norm(
+        x=x,
+        mean=np.zeros(channels, np.float16),
+        variance=np.ones(channels, np.float16),
+        gamma=w("weight", (channels,)),
+        beta=w("bias", (channels,)),
+        epsilon=np.float16(1e-5),
+        name=w.op(),
+    )
+
+
+def _group_norm_fp16(w: Scope, x: Var, groups: int, eps: float) -> Var:
+    """Normalise (B, C, H, W) over groups with statistics that neither overflow nor vanish in fp16.
+
+    Each group is centred and divided by an eighth of its largest deviation before anything is squared, so squares
+    lie in [0, 64] whatever the scale of the activations: nothing overflows (a deviation of 256 squares to infinity
+    otherwise), and eps, a subnormal number in fp16, grows by the same factor. Means are taken axis by axis, so that
+    even sums kept in fp16 stay finite, and the big tensor is never reshaped to rank 5.
+    """
+    x = mb.sub(x=x, y=_group_reduce(w, mb.reduce_mean, x, groups), name=w.op("centred"))
+    largest = _group_reduce(w, mb.reduce_max, mb.abs(x=x, name=w.op("abs")), groups)
+    # The floor keeps the reciprocal finite for groups that are constant.
+    largest = mb.maximum(x=largest, y=np.float16(2**-6), name=w.op("largest"))
+    inverse = mb.real_div(x=np.float16(8), y=largest, name=w.op("inverse"))
+    x = mb.mul(x=x, y=inverse, name=w.op("unit"))
+    variance = _group_reduce(w, mb.reduce_mean, mb.square(x=x, name=w.op("square")), groups)
+    # eps * inverse^2 in two steps: eps alone would be rounded to a multiple of 6e-8.
+    root = mb.mul(x=inverse, y=np.float16(math.sqrt(eps)), name=w.op("eps_root"))
+    variance = mb.add(x=variance, y=mb.mul(x=root, y=root, name=w.op("eps")), name=w.op("variance"))
+    gamma = mb.mul(
+        x=mb.rsqrt(x=variance, epsilon=np.float16(0), name=w.op("rsqrt")),
+        y=w("weight", (1, x.shape[1], 1, 1)),
+        name=w.op("gain"),
+    )
+    return mb.add(x=mb.mul(x=x, y=gamma, name=w.op("scaled")), y=w("bias", (1, x.shape[1], 1, 1)), name=w.op())
+
+
+def _group_reduce(w: Scope, reduce: Callable[..., Var], x: Var, groups: int) -> Var:
+    """Reduce (B, C, H, W) to one number a group, repeated for its channels: (B, C, 1, 1)."""
+    batch, channels = x.shape[:2]
+    for axis in (3, 2):  # one by one: a row's sum is far from 65504 where a picture's would not be
+        x = reduce(x=x, axes=[axis], keep_dims=True)
+    x = mb.reshape(x=x, shape=(batch, groups, channels // groups, 1))
+    x = mb.tile(x=reduce(x=x, axes=[2], keep_dims=True), reps=[1, 1, channels // groups, 1])
+    return mb.reshape(x=x, shape=(batch, channels, 1, 1))
+
+
+def resnet(w: Scope, x: Var, channels: int, *, groups: int, eps: float, temb: Var | None = None) -> Var:
+    """Two convolutions with a skip: norm, SiLU, conv; `temb` (already through SiLU) is added between the two."""
+    h = mb.silu(x=group_norm(w / "norm1", x, groups, eps=eps), name=w.op("silu1"))
+    h = conv(w / "conv1", h, channels)
+    if temb is not None:
+        h = mb.add(x=h, y=_as_image(dense(w / "time_emb_proj", temb, channels)), name=w.op("temb"))
+    h = mb.silu(x=group_norm(w / "norm2", h, groups, eps=eps), name=w.op("silu2"))
+    h = conv(w / "conv2", h, channels)
+    if x.shape[1] != channels:
+        x = conv(w / "conv_shortcut", x, channels, kernel=1)
+    return mb.add(x=x, y=h, name=w.op())
+
+
+def _as_image(vector: Var) -> Var:
+    """(B, C) -> (B, C, 1, 1); where channels come first it is one already."""
+    if vector.rank == 4:
+        return vector
+    return mb.expand_dims(x=mb.expand_dims(x=vector, axes=[2]), axes=[3])
+
+
+def upsample(w: Scope, x: Var, *, height: int, width: int) -> Var:
+    """Double the size (nearest), cut to (height, width) where a level has an odd size, and convolve."""
+    x = mb.upsample_nearest_neighbor(
+        x=x, scale_factor_height=np.float32(2), scale_factor_width=np.float32(2), name=w.op("nearest")
+    )
+    if x.shape[2:] != (height, width):
+        x = mb.slice_by_index(x=x, begin=[0, 0, 0, 0], end=[*x.shape[:2], height, width], name=w.op("cut"))
+    return conv(w / "conv", x, x.shape[1])
+
+
+def sinusoid(x: Var, width: int, *, name: str) -> Var:
+    """Embed fp32 numbers (N,) as fp16 (N, width): cosines first, then sines, of frequencies 1 to 1/10000.
+
+    In fp32 because the angle of t = 999 is off by up to 0.3 radians in fp16, and sigmas between two training steps
+    have fractional t. Source: Ho et al. 2020, appendix B; the order is Stable Diffusion's.
+    """
+    half = width // 2
+    frequencies = np.exp(np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half))
+    angles = mb.mul(x=mb.expand_dims(x=x, axes=[1]), y=frequencies[None], name=f"{name}_angles")
+    waves = mb.concat(values=(mb.cos(x=angles), mb.sin(x=angles)), axis=-1, name=f"{name}_waves")
+    return mb.cast(x=waves, dtype="fp16", name=name)
+
+
+def embedding_mlp(w: Scope, x: Var, channels: int) -> Var:
+    """Two dense layers with SiLU between: (B, C) -> (B, channels), or (B, channels, 1, 1) where channels come first."""
+    if w.channels_first:
+        x = mb.expand_dims(x=x, axes=[2, 3])
+    h = mb.silu(x=dense(w / "linear_1", x, channels), name=w.op("silu"))
+    return dense(w / "linear_2", h, channels)

@@ -1,0 +1,167 @@
+"""The UNet of every Stable Diffusion family: noisy latents, a time and a text -> what the family predicts.
+
+The data's way: embed the time (and, for SDXL, sizes and pooled text) -> conv_in -> levels down, keeping what each step
+made -> the middle -> levels up, reading what was kept -> conv_out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from coremltools.converters.mil import Builder as mb
+from coremltools.converters.mil.mil import Program
+
+from glassine.models.attention import to_image, to_tokens, transformer_block
+from glassine.models.config import Attention, Layout, UNetConfig
+from glassine.models.layers import (
+    Scope,
+    Var,
+    Weights,
+    build,
+    conv,
+    dense,
+    embedding_mlp,
+    group_norm,
+    resnet,
+    sinusoid,
+    upsample,
+)
+
+TIME_IDS_WIDTH = 256  # each number of SDXL's micro-conditioning becomes a sinusoid of this width
+
+
+def unet(
+    config: UNetConfig,
+    weights: Weights,
+    *,
+    batch: int = 2,
+    height: int = 64,
+    width: int = 64,
+    tokens: int = 77,
+    attention: Attention = "split",
+    layout: Layout = "channels_first",
+) -> Program:
+    """Write the UNet as a program; sizes are static.
+
+    height, width: latent cells (pixels / 8), any size. tokens: 77 for each chunk of the prompt.
+
+    Inputs, with Apple's names and shapes:
+        sample (B, in_channels, height, width) fp16.
+        timestep (B,) fp32: Apple declares fp16, which holds no fraction of t above 512 and rounds the sinusoid's angle.
+        encoder_hidden_states (B, context_dim, 1, tokens) fp16.
+        SDXL: time_ids (B, 6 or 5) fp32, for the same reason, and text_embeds (B, pooled_dim) fp16.
+        LCM: timestep_cond (B, timestep_cond_dim) fp16, the guidance embedding.
+
+    Output: noise_pred (B, out_channels, height, width) fp32.
+    """
+    inputs = {
+        "sample": ((batch, config.in_channels, height, width), np.float16),
+        "timestep": ((batch,), np.float32),
+        "encoder_hidden_states": ((batch, config.context_dim, 1, tokens), np.float16),
+    }
+    if config.time_ids is not None and config.pooled_dim is not None:
+        inputs["time_ids"] = ((batch, config.time_ids), np.float32)
+        inputs["text_embeds"] = ((batch, config.pooled_dim), np.float16)
+    if config.timestep_cond_dim is not None:
+        inputs["timestep_cond"] = ((batch, config.timestep_cond_dim), np.float16)
+    net = _UNet(config, Scope(weights, attention, layout))
+    return build(inputs, net.predict, attention=attention)
+
+
+@dataclass(frozen=True, slots=True)
+class _UNet:
+    """The steps of one UNet; `w` is its root."""
+
+    config: UNetConfig
+    w: Scope
+
+    def predict(self, sample: Var, timestep: Var, encoder_hidden_states: Var, **embeddings: Var) -> dict[str, Var]:
+        """Append the network to the program being built."""
+        temb = mb.silu(x=self._embed(timestep, **embeddings), name="temb_silu")
+        context = encoder_hidden_states
+        if not self.w.channels_first:
+            context = mb.transpose(x=mb.squeeze(x=context, axes=[2]), perm=[0, 2, 1], name="context")
+        kept = self._down(conv(self.w / "conv_in", sample, self.config.channels[0]), temb, context)
+        x = self._up(self._middle(kept[-1], temb, context), kept, temb, context)
+        x = group_norm(self.w / "conv_norm_out", x, self.config.norm_groups, eps=1e-5)
+        return {"noise_pred": conv(self.w / "conv_out", mb.silu(x=x), self.config.out_channels)}
+
+    def _embed(
+        self,
+        timestep: Var,
+        time_ids: Var | None = None,
+        text_embeds: Var | None = None,
+        timestep_cond: Var | None = None,
+    ) -> Var:
+        """Everything that is not a place in the picture, as one vector a sample."""
+        config, w = self.config, self.w
+        x = sinusoid(timestep, config.channels[0], name="timestep_sinusoid")
+        if timestep_cond is not None:
+            # The guidance embedding shifts the sinusoid; both are (B, C) here, the layout begins with the dense layers.
+            flat = Scope(w.weights, w.attention, "channels_last", w.path) / "time_embedding.cond_proj"
+            x = mb.add(x=x, y=dense(flat, timestep_cond, config.channels[0], bias=False))
+        temb = embedding_mlp(w / "time_embedding", x, 4 * config.channels[0])
+        if time_ids is None:
+            return temb
+        batch, numbers = time_ids.shape
+        x = sinusoid(mb.reshape(x=time_ids, shape=(batch * numbers,)), TIME_IDS_WIDTH, name="time_ids_sinusoid")
+        x = mb.reshape(x=x, shape=(batch, numbers * TIME_IDS_WIDTH))
+        x = mb.concat(values=(text_embeds, x), axis=-1, name="micro_conditioning")
+        return mb.add(x=temb, y=embedding_mlp(w / "add_embedding", x, 4 * config.channels[0]))
+
+    def _down(self, x: Var, temb: Var, context: Var) -> list[Var]:
+        """Halve the size level by level; return the result of every step, the last one being the deepest."""
+        config = self.config
+        kept = [x]
+        for level, channels in enumerate(config.channels):
+            w = self.w / "down_blocks" / level
+            for i, depth in enumerate(config.down_depths[level]):
+                x = self._step(w, i, x, channels, temb, context, depth, config.heads[level])
+                kept.append(x)
+            if level < len(config.channels) - 1:
+                x = conv(w / "downsamplers.0.conv", x, channels, stride=2)
+                kept.append(x)
+        return kept
+
+    def _middle(self, x: Var, temb: Var, context: Var) -> Var:
+        config, w = self.config, self.w / "mid_block"
+        if config.mid_depth is None:
+            return x
+        x = self._step(w, 0, x, config.channels[-1], temb, context, config.mid_depth, config.heads[-1])
+        return self._step(w, 1, x, config.channels[-1], temb, context, 0, config.heads[-1])
+
+    def _up(self, x: Var, kept: list[Var], temb: Var, context: Var) -> Var:
+        """Double the size level by level, each step beside what the way down kept."""
+        config, kept = self.config, list(kept)
+        for level, channels in enumerate(reversed(config.channels)):
+            w = self.w / "up_blocks" / level
+            for i, depth in enumerate(config.up_depths[level]):
+                x = mb.concat(values=(x, kept.pop()), axis=1, name=(w / "resnets" / i).op("concat"))
+                x = self._step(w, i, x, channels, temb, context, depth, config.heads[-1 - level])
+            if kept:
+                x = upsample(w / "upsamplers.0", x, height=kept[-1].shape[2], width=kept[-1].shape[3])
+        return x
+
+    def _step(self, w: Scope, i: int, x: Var, channels: int, temb: Var, context: Var, depth: int, heads: int) -> Var:
+        """One resnet and, where `depth` is not 0, one transformer of that many blocks."""
+        x = resnet(w / "resnets" / i, x, channels, groups=self.config.norm_groups, eps=1e-5, temb=temb)
+        return self._transformer(w / "attentions" / i, x, context, depth, heads) if depth else x
+
+    def _transformer(self, w: Scope, x: Var, context: Var, depth: int, heads: int) -> Var:
+        """Look around in the picture and at the text: `depth` blocks between two projections, added to the input."""
+        image, (height, width) = x, x.shape[2:]
+        channels = image.shape[1]
+        x = group_norm(w / "norm", x, self.config.norm_groups, eps=1e-6)
+        # The projections are linear or 1x1 convolutions by family: the same weights, before or after the reshape.
+        if self.config.linear_projection or w.channels_first:
+            x = dense(w / "proj_in", to_tokens(w, x), channels)
+        else:
+            x = to_tokens(w, conv(w / "proj_in", x, channels, kernel=1))
+        for i in range(depth):
+            x = transformer_block(w / "transformer_blocks" / i, x, context, heads=heads)
+        if self.config.linear_projection or w.channels_first:
+            x = to_image(w, dense(w / "proj_out", x, channels), height=height, width=width)
+        else:
+            x = conv(w / "proj_out", to_image(w, x, height=height, width=width), channels, kernel=1)
+        return mb.add(x=x, y=image, name=w.op())
