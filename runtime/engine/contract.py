@@ -63,9 +63,13 @@ class Engine(Protocol):
     outputs: Mapping[str, TensorSpec]
     realised: Realised
 
-    def predict(self, **arrays: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]: ...
+    def predict(self, **arrays: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
+        """Run the package on one array per input."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give up what the engine holds."""
+        ...
 
 
 def check_inputs(

@@ -1,0 +1,30 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glassine.runtime.engine.portable.registry import Tensors, op
+
+
+@op("linear")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (*, D_in), weight (D_out, D_in) -> (*, D_out)."""
+    return F.linear(x, weight, bias)
+
+
+@op("matmul")
+def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = False) -> Tensor:
+    """The last two axes multiply, the others broadcast; a vector has nothing to transpose."""
+    if transpose_x and x.ndim > 1:
+        x = x.mT
+    if transpose_y and y.ndim > 1:
+        y = y.mT
+    return torch.matmul(x, y)
+
+
+@op("einsum")
+def einsum(values: Tensors, equation: str) -> Tensor:
+    return torch.einsum(equation.replace(" ", ""), *values)
