@@ -1,0 +1,177 @@
+"""Text -> CLIP token ids: the first step of a prompt's way.
+
+The byte-pair encoding of CLIP (Radford et al. 2021, arXiv 2103.00020), read from a converted folder's `vocab.json` and
+`merges.txt`: clean the text, cut it into pieces, write each piece as byte symbols, merge the symbols in the order the
+merges were learnt. Ids equal open_clip's `SimpleTokenizer` exactly. Special tokens, chunks and padding belong to
+`conditioning.py`.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from glassine.errors import PackageError, RequestError
+
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+_LITERAL = {"<start_of_text>": BOS, "<end_of_text>": EOS}  # what open_clip reads as its own special tokens
+_END = "</w>"
+_PIECES = "<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
+
+
+def byte_symbols() -> list[str]:
+    """Return the printable character that stands for each byte 0..255.
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards (GPT-2's table).
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def clean(text: str) -> str:
+    """Repair encodings, resolve HTML entities, collapse whitespace and lower the case, as CLIP's training did."""
+    # ftfy cannot change printable ASCII without entities, and importing it takes longer than all other work here.
+    if not (text.isascii() and text.replace("\n", " ").isprintable()) or "&" in text:
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class Tokenizer:
+    """A CLIP vocabulary.
+
+    A vocabulary that lacks some of the 512 byte symbols is closed: it cannot spell every word, and `encode` refuses
+    those it does not know. CLIP's own is open.
+
+    Attributes:
+        bos, eos: ids of the start and end tokens.
+        comma: id of a comma that ends a piece, or None.
+        size: number of ids.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        import regex  # the standard `re` has no \p{L}
+
+        self._pieces = regex.compile(_PIECES, regex.IGNORECASE)
+        self._ids = vocab
+        self._tokens = {id: token for token, id in vocab.items()}
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self._bytes = byte_symbols()
+        self._cache: dict[str, list[str]] = {}
+        self.bos, self.eos = vocab[BOS], vocab[EOS]
+        self.comma = vocab.get("," + _END)
+        self.size = len(vocab)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read `vocab.json` and `merges.txt` of a converted folder.
+
+        Raises:
+            PackageError: a file is missing, unreadable, or the two do not belong together.
+        """
+        vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+        try:
+            raw = json.loads(vocab_path.read_text(encoding="utf-8"))
+            lines = merges_path.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError, RecursionError) as error:
+            raise PackageError(f"{folder}: the tokenizer's files cannot be read ({error}); {_AGAIN}") from None
+        vocab = _checked_vocab(vocab_path, raw)
+        merges = _checked_merges(merges_path, lines, vocab)
+        return cls(vocab, merges)
+
+    @property
+    def closed(self) -> bool:
+        """True if some words cannot be spelt with this vocabulary."""
+        return any(symbol not in self._ids or symbol + _END not in self._ids for symbol in self._bytes)
+
+    @property
+    def words(self) -> list[str]:
+        """The words of two letters or more that are one token."""
+        ends = (token[: -len(_END)] for token in self._ids if token.endswith(_END))
+        return sorted(word for word in ends if len(word) > 1 and word.isalpha())
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without start and end tokens.
+
+        Raises:
+            RequestError: the vocabulary is closed and does not know some words; the message names them and those
+                it knows.
+        """
+        ids: list[int] = []
+        unknown: list[str] = []
+        for piece in self._pieces.findall(clean(text)):
+            try:
+                ids += [self._ids[symbol] for symbol in self._symbols(piece)]
+            except KeyError:
+                unknown.append(piece)
+        if unknown:
+            raise RequestError(
+                f"prompt: this model does not know {', '.join(map(repr, dict.fromkeys(unknown)))}; "
+                f"it knows {', '.join(self.words)}"
+            )
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return text that encodes to `ids`: lower case, every piece followed by a space, special tokens left out."""
+        inverse = {symbol: byte for byte, symbol in enumerate(self._bytes)}
+        text = "".join(self._tokens[id] for id in ids if id not in (self.bos, self.eos)).replace(_END, " ")
+        data = b"".join(b" " if symbol == " " else bytes([inverse[symbol]]) for symbol in text)
+        return data.decode("utf-8", errors="replace").strip()
+
+    def _symbols(self, piece: str) -> list[str]:
+        """Return the tokens of one piece: its byte symbols, merged in the order of the ranks."""
+        if piece in _LITERAL:
+            return [_LITERAL[piece]]
+        symbols = self._cache.get(piece)
+        if symbols is None:
+            symbols = [self._bytes[byte] for byte in piece.encode("utf-8")]
+            symbols[-1] += _END
+            self._cache[piece] = symbols = self._join(symbols)
+        return symbols
+
+    def _join(self, symbols: list[str]) -> list[str]:
+        """Join the pair of lowest rank, the leftmost first, until no pair can be joined."""
+        never = len(self._ranks)
+        ranks = [self._ranks.get(pair, never) for pair in itertools.pairwise(symbols)]
+        while ranks and (best := min(ranks)) < never:
+            i = ranks.index(best)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+            del ranks[i]
+            for j in range(max(i - 1, 0), min(i + 1, len(ranks))):
+                ranks[j] = self._ranks.get((symbols[j], symbols[j + 1]), never)
+        return symbols
+
+
+_AGAIN = "convert the model again"
+
+
+def _checked_vocab(path: Path, raw: Any) -> dict[str, int]:
+    if not isinstance(raw, dict) or not all(type(id) is int for id in raw.values()):
+        raise PackageError(f"{path}: expected an object of token -> id; {_AGAIN}")
+    vocab: dict[str, int] = raw
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise PackageError(f"{path}: expected the ids 0 to {len(vocab) - 1}, each once; {_AGAIN}")
+    missing = [token for token in (BOS, EOS) if token not in vocab]
+    if missing:
+        raise PackageError(f"{path}: no token {' and '.join(missing)} among {len(vocab)}; {_AGAIN}")
+    return vocab
+
+
+def _checked_merges(path: Path, lines: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2:
+            raise PackageError(f"{path}: line {number} is {line[:60]!r}, expected two symbols; {_AGAIN}")
+        if "".join(pair) not in vocab:
+            raise PackageError(f"{path}: line {number} makes {''.join(pair)!r}, which vocab.json lacks; {_AGAIN}")
+        merges.append((pair[0], pair[1]))
+    return merges
