@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError, RequestError
-from glassine.runtime.samplers import Array
+from glassine.runtime.history import Array
 from glassine.runtime.schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]

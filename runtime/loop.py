@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import RequestError
-from glassine.runtime.samplers import Array, Call, Cells, Past, Sampler
+from glassine.runtime.history import Array, Call, Cells, Past
+from glassine.runtime.samplers import Sampler
 from glassine.runtime.schedule import Sigmas
 
 StepNoise = Callable[[int, tuple[int, ...]], Array]

@@ -15,62 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Protocol
 
 from glassine.errors import RequestError
-from glassine.runtime.schedule import Sigmas
-
-Array = NDArray[np.floating[Any]]
-Cells = NDArray[np.bool_]
-Denoise = Callable[[Array, float], Array]
-Noise = Callable[[int], Array]
-
-
-class Call(NamedTuple):
-    """One model evaluation: the state (B, C, h, w) at `sigma` and the x0 predicted from it."""
-
-    sigma: float
-    x: Array
-    denoised: Array
-
-    @property
-    def d(self) -> Array:
-        """The slope dx/dsigma of the probability flow, which is also the predicted noise."""
-        return (self.x - self.denoised) / self.sigma
-
-
-class Past(NamedTuple):
-    """The calls of earlier steps, newest first, and how many of them count at each cell.
-
-    A call counts at a cell only if the cell was being drawn then: a frozen cell's x0 prediction is not the model's.
-    live: (number of calls that count, cells (B, 1, h, w)), falling; the first entry's None means every cell not named
-    by a later entry.
-    """
-
-    calls: tuple[Call, ...] = ()
-    live: tuple[tuple[int, Cells | None], ...] = ((0, None),)
-
-    def pick(self, most: int, formula: Callable[[int], Array]) -> Array:
-        """Return `formula(k)` for k = the calls that count, at most `most`, cell by cell. It must make a new array."""
-        x = formula(min(self.live[0][0], most))
-        for count, cells in self.live[1:]:
-            if count < most:
-                np.copyto(x, formula(count), where=cells)
-        return x
+from glassine.runtime.history import Array, Call, Denoise, Noise, Past, Stepped, ancestral, levels, line
+from glassine.runtime.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms, pndm, unipc
+from glassine.runtime.schedule import STABLE_DIFFUSION, NoiseSchedule, Sigmas
 
 
 class StepFunction(Protocol):
     """The signature of every sampler."""
 
-    def __call__(
-        self, denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise
-    ) -> tuple[Array, Call]:
+    def __call__(self, denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> Stepped:
         """Carry x from sigmas[i] to sigmas[i + 1]."""
         ...
 
@@ -82,7 +41,7 @@ class Sampler:
     Attributes:
         step: the pure function.
         spacing: the noise levels it is usually run on, a name in `schedule.SPACINGS`.
-        evaluations: model calls a step (the last step, to sigma 0, takes one).
+        evaluations: model calls a step; a step to sigma 0 takes one. PNDM takes a second one where cells are released.
         history: earlier calls it can use.
         noises: unit normals a step may ask for; 0 is a deterministic sampler.
     """
@@ -105,76 +64,180 @@ class Sampler:
                 raise RequestError(f'this sampler has no option "{name}"; expected one of {sorted(known)}')
         return dataclasses.replace(self, step=functools.partial(self.step, **options))
 
+    def on(self, schedule: NoiseSchedule) -> Sampler:
+        """Return this sampler for a model trained on `schedule` (of ours, only TCD asks)."""
+        return self.using(schedule=schedule) if "schedule" in self.options else self
+
     @property
     def options(self) -> tuple[str, ...]:
         """The keyword options of the step."""
-        step = self.step.func if isinstance(self.step, functools.partial) else self.step
-        return tuple(getattr(step, "__kwdefaults__", None) or ())
-
-
-def _levels(sigmas: Sigmas, i: int) -> tuple[float, float]:
-    return float(sigmas[i]), float(sigmas[i + 1])
-
-
-def _ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """Split a step into a deterministic part down to sigma_down and fresh noise of size sigma_up (k-diffusion)."""
-    up = min(sigma_next, eta * math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
-    return math.sqrt(sigma_next**2 - up**2), up
+        parameters = inspect.signature(self.step).parameters.values()
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 # One evaluation, no history.
 
 
-def euler(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> tuple[Array, Call]:
-    """Euler, Algorithm 2 without the correction (Karras et al. 2022, arXiv 2206.00364)."""
-    sigma, sigma_next = _levels(sigmas, i)
+def euler(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> Stepped:
+    """Euler: Algorithm 2 without its correction (Karras et al. 2022, arXiv 2206.00364)."""
+    sigma, sigma_next = levels(sigmas, i)
     denoised = denoise(x, sigma)
-    return denoised + (sigma_next / sigma) * (x - denoised), Call(sigma, x, denoised)
+    return line(x, denoised, sigma_next / sigma), Call(sigma, x, denoised)
 
 
 def euler_a(
     denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 1.0
-) -> tuple[Array, Call]:
-    """Ancestral Euler: DDPM's posterior at eta 1 (Ho et al. 2020, arXiv 2006.11239, equation 7), in sigma space."""
-    sigma, sigma_next = _levels(sigmas, i)
-    down, up = _ancestral(sigma, sigma_next, eta)
+) -> Stepped:
+    """Ancestral Euler: at eta 1, DDPM's posterior in sigma space, equation 7 (Ho et al. 2020, arXiv 2006.11239)."""
+    sigma, sigma_next = levels(sigmas, i)
+    down, up = ancestral(sigma, sigma_next, eta)
     denoised = denoise(x, sigma)
-    x_next = denoised + (down / sigma) * (x - denoised)
+    x_next = line(x, denoised, down / sigma)
     if up > 0:
         x_next += up * noise(0)
     return x_next, Call(sigma, x, denoised)
 
 
-def ddim(
-    denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 0.0
-) -> tuple[Array, Call]:
+def ddim(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 0.0) -> Stepped:
     """DDIM, equation 12 (Song et al. 2020, arXiv 2010.02502): in sigma space, ancestral Euler with eta 0."""
     return euler_a(denoise, x, sigmas, i, past, noise, eta=eta)
 
 
-# Exponential integrators with history.
+def lcm(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> Stepped:
+    """Latent consistency: predict x0, noise it again, Algorithm 3 (Luo et al. 2023, arXiv 2310.04378).
 
-
-def dpmpp_2m(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> tuple[Array, Call]:
-    """DPM-Solver++(2M), Algorithm 2 (Lu et al. 2022, arXiv 2211.01095)."""
-    sigma, sigma_next = _levels(sigmas, i)
+    The paper's boundary scalings (c_skip < 3e-5 from timestep 10 on) are left out, as k-diffusion's users do.
+    """
+    sigma, sigma_next = levels(sigmas, i)
     denoised = denoise(x, sigma)
-    ratio = sigma_next / sigma  # e^-h
+    x_next = denoised + sigma_next * noise(0) if sigma_next > 0 else denoised.copy()
+    return x_next, Call(sigma, x, denoised)
 
-    def carry(count: int) -> Array:
-        target = denoised
-        if count:
-            before = past.calls[0]
-            r = math.log(before.sigma / sigma) / -math.log(ratio)
-            target = denoised + (0.5 / r) * (denoised - before.denoised)
-        return target + ratio * (x - target)
 
-    return past.pick(1 if sigma_next > 0 else 0, carry), Call(sigma, x, denoised)
+def tcd(
+    denoise: Denoise,
+    x: Array,
+    sigmas: Sigmas,
+    i: int,
+    past: Past,
+    noise: Noise,
+    *,
+    schedule: NoiseSchedule = STABLE_DIFFUSION,
+    gamma: float = 0.3,
+) -> Stepped:
+    """Trajectory consistency: Algorithm 4, strategic stochastic sampling (Zheng et al. 2024, arXiv 2402.19159).
+
+    From timestep t to s = floor((1 - gamma) t_next) without noise, then up to t_next with it.
+    """
+    sigma, sigma_next = levels(sigmas, i)
+    denoised = denoise(x, sigma)
+    call = Call(sigma, x, denoised)
+    if sigma_next == 0:
+        return denoised.copy(), call
+    t_next = round(schedule.t_of_sigma(sigma_next), 6)  # a whole timestep must not fall to the one below
+    down = float(schedule.sigmas[math.floor((1 - gamma) * t_next)])
+    x_next = line(x, denoised, down / sigma)
+    if down < sigma_next:
+        x_next += math.sqrt(sigma_next**2 - down**2) * noise(0)
+    return x_next, call
+
+
+# Two evaluations a step, no history.
+
+
+def heun(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> Stepped:
+    """Heun's second order: Algorithm 2 without churn (Karras et al. 2022, arXiv 2206.00364)."""
+    sigma, sigma_next = levels(sigmas, i)
+    call = Call(sigma, x, denoise(x, sigma))
+    x_next = line(x, call.denoised, sigma_next / sigma)
+    if sigma_next > 0:
+        there = Call(sigma_next, x_next, denoise(x_next, sigma_next))
+        x_next = x + (sigma_next - sigma) / 2 * (call.d + there.d)
+    return x_next, call
+
+
+def dpm2(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise) -> Stepped:
+    """Midpoint in log sigma: DPM-Solver-2, Algorithm 4 (Lu et al. 2022, arXiv 2206.00927), in k-diffusion's form."""
+    return dpm2_a(denoise, x, sigmas, i, past, noise, eta=0.0)
+
+
+def dpm2_a(
+    denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 1.0
+) -> Stepped:
+    """`dpm2` down to sigma_down, then noise up to the next level (k-diffusion)."""
+    sigma, sigma_next = levels(sigmas, i)
+    down, up = ancestral(sigma, sigma_next, eta)
+    call = Call(sigma, x, denoise(x, sigma))
+    if down == 0:
+        return line(x, call.denoised, 0.0), call
+    middle = math.sqrt(sigma * down)
+    x_middle = line(x, call.denoised, middle / sigma)
+    x_next = x + (down - sigma) * Call(middle, x_middle, denoise(x_middle, middle)).d
+    if up > 0:
+        x_next += up * noise(0)
+    return x_next, call
+
+
+def dpmpp_2s_a(
+    denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 1.0
+) -> Stepped:
+    """DPM-Solver++(2S), Algorithm 1 (Lu et al. 2022, arXiv 2211.01095), with ancestral noise (k-diffusion)."""
+    sigma, sigma_next = levels(sigmas, i)
+    down, up = ancestral(sigma, sigma_next, eta)
+    call = Call(sigma, x, denoise(x, sigma))
+    if down == 0:
+        return line(x, call.denoised, 0.0), call
+    middle = math.sqrt(sigma * down)
+    x_middle = line(x, call.denoised, middle / sigma)
+    x_next = line(x, denoise(x_middle, middle), down / sigma)
+    if up > 0:
+        x_next += up * noise(0)
+    return x_next, call
+
+
+def dpmpp_sde(
+    denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 1.0
+) -> Stepped:
+    """SDE-DPM-Solver++ in two stages (Lu et al. 2022, arXiv 2211.01095; k-diffusion's form, midpoint r = 1/2).
+
+    Both noises are increments of one Brownian path over sigma, as in k-diffusion: the second contains the first.
+    """
+    sigma, sigma_next = levels(sigmas, i)
+    call = Call(sigma, x, denoise(x, sigma))
+    if sigma_next == 0:
+        return line(x, call.denoised, 0.0), call
+    middle = math.sqrt(sigma * sigma_next)
+    down, up = ancestral(sigma, middle, eta)
+    x_middle = line(x, call.denoised, down / sigma)
+    first = noise(0) if eta > 0 else None
+    if first is not None:
+        x_middle += up * first
+    down, up = ancestral(sigma, sigma_next, eta)
+    x_next = line(x, denoise(x_middle, middle), down / sigma)
+    if first is not None:
+        shared = (sigma - middle) / (sigma - sigma_next)  # of the path over the step, the part before its middle
+        x_next += up * (math.sqrt(shared) * first + math.sqrt(1 - shared) * noise(1))
+    return x_next, call
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(step=ddim, spacing="leading", noises=1),
+    "dpm2": Sampler(step=dpm2, spacing="karras", evaluations=2),
+    "dpm2_a": Sampler(step=dpm2_a, spacing="karras", evaluations=2, noises=1),
+    "dpmpp_2m": Sampler(step=dpmpp_2m, spacing="karras", history=1),
+    "dpmpp_2m_sde": Sampler(step=dpmpp_2m_sde, spacing="exponential", history=1, noises=1),
+    "dpmpp_2m_sde_heun": Sampler(
+        step=functools.partial(dpmpp_2m_sde, correction="heun"), spacing="exponential", history=1, noises=1
+    ),
+    "dpmpp_2s_a": Sampler(step=dpmpp_2s_a, spacing="karras", evaluations=2, noises=1),
+    "dpmpp_3m_sde": Sampler(step=dpmpp_3m_sde, spacing="exponential", history=2, noises=1),
+    "dpmpp_sde": Sampler(step=dpmpp_sde, spacing="karras", evaluations=2, noises=2),
     "euler": Sampler(step=euler),
     "euler_a": Sampler(step=euler_a, noises=1),
-    "dpmpp_2m": Sampler(step=dpmpp_2m, spacing="karras", history=1),
+    "heun": Sampler(step=heun, evaluations=2),
+    "lcm": Sampler(step=lcm, spacing="lcm", noises=1),
+    "lms": Sampler(step=lms, history=3),
+    "pndm": Sampler(step=pndm, spacing="leading", history=3),
+    "tcd": Sampler(step=tcd, spacing="lcm", noises=1),
+    "unipc": Sampler(step=unipc, spacing="rounded", history=3),
 }

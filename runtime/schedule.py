@@ -78,6 +78,9 @@ def _alphas_cumprod(scheduler: Scheduler) -> NDArray[np.float64]:
     return np.asarray(alphas_cumprod, dtype=np.float64)
 
 
+STABLE_DIFFUSION = NoiseSchedule(Scheduler())  # 1.x, 2.x and SDXL, zero-SNR models apart
+
+
 def make_sigmas(schedule: NoiseSchedule, steps: int, spacing: str = "linspace", final: Final = "zero") -> Sigmas:
     """Return the levels of a run: (steps + 1,) float64, falling; `steps` model evaluations and the level they end at.
 
