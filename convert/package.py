@@ -8,6 +8,7 @@ Files are not fsynced (neither does `cp`): a killed process loses nothing, a pow
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,7 @@ from glassine.errors import ConversionError, PackageError
 _CHUNK = 1 << 20  # bytes; small enough to stay in the cache between reading, checking and writing
 _MODEL = "com.apple.CoreML/model.mlmodel"
 _WEIGHTS = "com.apple.CoreML/weights"
+_BLOB = "weight.bin"
 
 Copied = Callable[[int], None]
 
@@ -53,13 +55,34 @@ def write_package(
         write_files(fresh, lowered, weights, copied)
 
 
-def write_files(package: Path, lowered: Lowered, weights: WeightSource, copied: Copied | None = None) -> None:
-    """Write the package's files into the folder `package`, which exists and is empty."""
+def write_files(
+    package: Path,
+    lowered: Lowered,
+    weights: WeightSource,
+    copied: Copied | None = None,
+    *,
+    same_as: Path | None = None,
+) -> None:
+    """Write the package's files into the folder `package`, which exists and is empty.
+
+    same_as: another package with an equal plan; the two share one weight.bin where the disk has hard links.
+    """
     data = package / "Data"
     (data / _WEIGHTS).mkdir(parents=True)
     (data / _MODEL).write_bytes(lowered.model)
-    write_weights(data / _WEIGHTS / "weight.bin", lowered.plan, weights, copied)
+    if same_as is None or not _linked(same_as / "Data" / _WEIGHTS / _BLOB, data / _WEIGHTS / _BLOB):
+        write_weights(data / _WEIGHTS / _BLOB, lowered.plan, weights, copied)
     (package / "Manifest.json").write_text(_manifest(), encoding="utf-8")
+
+
+def _linked(existing: Path, link: Path) -> bool:
+    try:
+        os.link(existing, link)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
+            raise
+        return False  # this disk has none (exFAT): written a second time
+    return True
 
 
 def _manifest() -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
+from glassine.convert.checkpoint import shorten
 from glassine.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -63,12 +64,16 @@ class StandIn(np.ndarray[Any, np.dtype[Any]]):
 class Requests:
     """The `weights` argument of a network: hands out one stand-in per canonical name.
 
+    What does not fit is collected, so that `check` can name all of it at once.
+
     shapes: the canonical weights there are; None accepts every name (for programs without a checkpoint).
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self._shapes = shapes
-        self._asked: dict[str, Weight] = {}
+        self._missing: list[str] = []
+        self._misshapen: list[str] = []
+        self.asked: set[str] = set()
 
     def __call__(
         self, name: str, shape: Collection[int], *, scale: float = 1.0, dtype: DTypeLike = np.float16
@@ -78,25 +83,36 @@ class Requests:
         The elements are the source's, in its order; 1-sized dimensions may differ (a 1x1 convolution is a matrix).
 
         Raises:
-            ConversionError: no such weight, another shape, or asked for twice.
+            ConversionError: asked for twice.
         """
         shape = tuple(int(size) for size in shape)
-        if name in self._asked:
+        if name in self.asked:
             raise ConversionError(f"{name}: the network asks for this weight twice; it has to reuse the first answer")
+        self.asked.add(name)
         if self._shapes is not None:
-            if name not in self._shapes:
-                raise ConversionError(f"{name}: the network needs this weight of shape {shape} and the source has none")
-            stored = self._shapes[name]
-            if [size for size in stored if size != 1] != [size for size in shape if size != 1]:
-                raise ConversionError(f"{name}: the source has shape {stored}, the network needs {shape}")
+            stored = self._shapes.get(name)
+            if stored is None:
+                self._missing.append(f"{name} {shape}")
+            elif [size for size in stored if size != 1] != [size for size in shape if size != 1]:
+                self._misshapen.append(f"{name} is {stored}, expected {shape}")
         stored_as: Literal["float16", "float32"] = "float32" if np.dtype(dtype) == np.float32 else "float16"
-        self._asked[name] = Weight(name, shape, float(scale), stored_as)
-        return StandIn.of(self._asked[name])
+        return StandIn.of(Weight(name, shape, float(scale), stored_as))
 
-    @property
-    def asked(self) -> Mapping[str, Weight]:
-        """Every weight asked for so far, by name."""
-        return self._asked
+    def check(self, source: str) -> None:
+        """Raise for everything the network asked for and `source` could not give.
+
+        Raises:
+            ConversionError: weights are missing or have another shape.
+        """
+        if self._missing:
+            raise ConversionError(
+                f"{source}: {len(self._missing)} weights are missing: {shorten(self._missing)}; "
+                "the file is incomplete or of another kind of model"
+            )
+        if self._misshapen:
+            raise ConversionError(
+                f"{source}: {len(self._misshapen)} weights have another shape: {shorten(self._misshapen)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +215,6 @@ def lower(program: Program, description: Description | None = None) -> Lowered:
     """
     # The exporter is coremltools' own, private but stable since 7.2; only where constants go is changed here.
     from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
-    from coremltools.converters.mil.mil import Builder
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
     for name in ("common::dedup_op_and_var_names", "mil_backend::sanitize_name_strings"):
@@ -220,8 +235,6 @@ def lower(program: Program, description: Description | None = None) -> Lowered:
     )
     model = exporter.export(version)
     _describe(model.description, description if description is not None else Description())
-    # The builder numbers equal names for the life of the process; convert() of coremltools starts afresh likewise.
-    Builder.name_count.clear()
     return Lowered(
         # Maps inside the message (functions, attributes) are unordered unless asked for: equal input, equal bytes.
         model=model.SerializeToString(deterministic=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from glassine.convert.checkpoint import Checkpoint, Tensor
+from glassine.convert.names import Source
+
+_SPAN_DTYPES = {"F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +67,54 @@ class Arrays:
     def origin(self, name: str) -> str:
         """For messages."""
         return f'{self._origin}: tensor "{name}"'
+
+
+class FileWeights:
+    """One part of a checkpoint under its canonical names: the bottom of a stack."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Mapping[str, Source]) -> None:
+        self._checkpoint = checkpoint
+        self._names = names
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: self._shape(source) for name, source in names.items()}
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._checkpoint.tensors[self._names[name].key]
+
+    def _shape(self, source: Source) -> tuple[int, ...]:
+        shape = self._checkpoint.tensors[source.key].shape
+        if source.third is not None:
+            return (shape[0] // 3, *shape[1:])
+        return shape[::-1] if source.transposed else shape
+
+    def _start(self, name: str) -> int:
+        """The first element of `name` in its tensor; not 0 for the lower thirds of a stacked matrix."""
+        third = self._names[name].third
+        return 0 if third is None else third * math.prod(self.shapes[name])
+
+    def span(self, name: str) -> Span | None:
+        """Where the bytes lie; None when they are not float16 or float32 in the right order."""
+        tensor = self._tensor(name)
+        if tensor.dtype not in _SPAN_DTYPES or self._names[name].transposed:
+            return None
+        dtype = _SPAN_DTYPES[tensor.dtype]
+        size = np.dtype(dtype).itemsize
+        nbytes = math.prod(self.shapes[name]) * size
+        return Span(tensor.path, tensor.offset + self._start(name) * size, nbytes, dtype)
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """The flat elements [start, stop), decoded exactly."""
+        tensor = self._tensor(name)
+        if self._names[name].transposed:
+            matrix = tensor.read().reshape(tensor.shape)
+            return np.ascontiguousarray(matrix.T).reshape(-1)[start:stop]
+        first = self._start(name)
+        return tensor.read(first + start, first + stop)
+
+    def key(self, name: str) -> str:
+        """The key in the source."""
+        return self._names[name].key
+
+    def origin(self, name: str) -> str:
+        """File and key, for messages."""
+        tensor = self._tensor(name)
+        return f'{tensor.path}: tensor "{tensor.key}"'
