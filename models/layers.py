@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from glassine.models.config import Attention, Layout
 
 Var = Any  # a coremltools MIL variable
+Inputs = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # name -> shape, np.float16 or np.float32
 
 
 class Weights(Protocol):
@@ -66,15 +67,10 @@ class Scope:
         return self.layout == "channels_first"
 
 
-def build(
-    inputs: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
-    body: Callable[..., Mapping[str, Var]],
-    *,
-    attention: Attention = "einsum",
-) -> Program:
+def build(inputs: Inputs, body: Callable[..., Mapping[str, Var]], *, attention: Attention = "einsum") -> Program:
     """Make the program whose one function `main` computes body(**inputs); all outputs are cast to fp32.
 
-    inputs: name -> (shape, np.float16 or np.float32). The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the
+    The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the
     fused attention operation needs it.
     """
     import coremltools as ct
@@ -182,7 +178,8 @@ def _group_reduce(w: Scope, reduce: Callable[..., Var], x: Var, groups: int) -> 
     for axis in (3, 2):  # one by one: a row's sum is far from 65504 where a picture's would not be
         x = reduce(x=x, axes=[axis], keep_dims=True)
     x = mb.reshape(x=x, shape=(batch, groups, channels // groups, 1))
-    x = mb.tile(x=reduce(x=x, axes=[2], keep_dims=True), reps=[1, 1, channels // groups, 1])
+    # Repeated by a broadcast product: `tile` is in none of Apple's packages, so nobody knows where it would run.
+    x = mb.mul(x=reduce(x=x, axes=[2], keep_dims=True), y=np.ones((1, 1, channels // groups, 1), np.float16))
     return mb.reshape(x=x, shape=(batch, channels, 1, 1))
 
 
@@ -223,7 +220,10 @@ def sinusoid(x: Var, width: int, *, name: str) -> Var:
     have fractional t. Source: Ho et al. 2020, appendix B; the order is Stable Diffusion's.
     """
     half = width // 2
-    frequencies = np.exp(np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half))
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    # float32 exponents, as in training; exp in float64, because NumPy's own float32 exp is an ulp off every other time
+    # and a time_id of 4095 multiplies that.
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = mb.mul(x=mb.expand_dims(x=x, axes=[1]), y=frequencies[None], name=f"{name}_angles")
     waves = mb.concat(values=(mb.cos(x=angles), mb.sin(x=angles)), axis=-1, name=f"{name}_waves")
     return mb.cast(x=waves, dtype="fp16", name=name)

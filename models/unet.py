@@ -15,6 +15,7 @@ from coremltools.converters.mil.mil import Program
 from glassine.models.attention import to_image, to_tokens, transformer_block
 from glassine.models.config import Attention, Layout, UNetConfig
 from glassine.models.layers import (
+    Inputs,
     Scope,
     Var,
     Weights,
@@ -55,7 +56,7 @@ def unet(
 
     Output: noise_pred (B, out_channels, height, width) fp32.
     """
-    inputs = {
+    inputs: Inputs = {
         "sample": ((batch, config.in_channels, height, width), np.float16),
         "timestep": ((batch,), np.float32),
         "encoder_hidden_states": ((batch, config.context_dim, 1, tokens), np.float16),
