@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.errors import EngineError, PackageError
+from glassine.errors import EngineError, MissingDependency, PackageError
 
 EngineName = Literal["auto", "coreml", "portable"]
 ComputeUnits = Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
@@ -124,6 +125,8 @@ def open_engine(package: Path | str, options: EngineOptions | None = None) -> En
         from glassine.runtime.engine.coreml import CoreMLEngine
 
         return CoreMLEngine(package, compute_units=options.compute_units)
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependency("the portable engine needs PyTorch; install it with: pip install 'glassine[portable]'")
     from glassine.runtime.engine.portable.executor import PortableEngine
 
     return PortableEngine(package, device=options.device, precision=options.precision)

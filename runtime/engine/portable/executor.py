@@ -47,6 +47,13 @@ class Plan:
         for step in self.steps:
             step(environment)
 
+    def call(self, environment: Environment, *arguments: Any) -> tuple[Any, ...]:
+        """Run as a block inside an operation."""
+        for slot, value in zip(self.inputs, arguments, strict=True):
+            environment[slot] = value
+        self.run(environment)
+        return tuple(environment[slot] for slot in self.outputs)
+
 
 class Executable:
     """One compiled function: tensors in by name, values out by name."""
@@ -156,12 +163,11 @@ class _Compiler:
             numerics=self.numerics,
         )
         fixed: dict[str, Any] = {"node": node} if kernel.wants_node else {}
-        if operation.blocks:
-            fixed["blocks"] = [self.compile(block) for block in operation.blocks]
+        plans = tuple(self.compile(block) for block in operation.blocks)
         moving: list[tuple[str, str, tuple[Any, ...], bool]] = []
         for parameter, bound in operation.inputs.items():
             self._bind(kernel, node, parameter, bound, fixed, moving)
-        return _call(kernel, node, fixed, tuple(moving), self.numerics.rounds)
+        return _call(kernel, node, fixed, tuple(moving), plans)
 
     def _bind(
         self,
@@ -195,7 +201,7 @@ class _Compiler:
 
 
 def _call(
-    kernel: Kernel, node: Node, fixed: dict[str, Any], moving: tuple[Any, ...], rounds: bool
+    kernel: Kernel, node: Node, fixed: dict[str, Any], moving: tuple[Any, ...], plans: tuple[Plan, ...]
 ) -> Callable[[Environment], Any]:
     """Return the closure that gathers the moving arguments, runs the kernel and rounds what is float16."""
     run = partial(kernel.run, **fixed)
@@ -205,9 +211,11 @@ def _call(
         for parameter, form, refs, variadic in moving:
             values = [value if is_constant else environment[value] for value, is_constant in refs]
             arguments[parameter] = values if variadic else from_value(form, values[0])
+        if plans:
+            arguments["blocks"] = [partial(plan.call, environment) for plan in plans]
         return arguments
 
-    simple = all(form == "Tensor" and not variadic for _, form, _, variadic in moving)
+    simple = not plans and all(form == "Tensor" and not variadic for _, form, _, variadic in moving)
     pairs = tuple((parameter, refs[0][0]) for parameter, _, refs, variadic in moving) if simple else ()
 
     def call(environment: Environment) -> Any:
@@ -223,7 +231,7 @@ def _call(
             raise EngineError(f"{node.label} failed on shapes {shapes}: {error}") from error
 
     halves = tuple(index for index, type_ in enumerate(node.outputs) if type_.dtype == "float16")
-    if not (rounds and halves):
+    if not (node.numerics.rounds and halves) or plans:
         return call
 
     def call_and_round(environment: Environment) -> Any:
@@ -245,7 +253,9 @@ def _finish(step: Callable[[Environment], Any], outputs: tuple[int, ...], dead: 
         (output,) = outputs
 
         def store(environment: Environment) -> None:
-            environment[output] = step(environment)
+            result = step(environment)
+            # Operations with a variable number of results return tuples, of one too; lists are values.
+            environment[output] = result[0] if isinstance(result, tuple) else result
             for slot in dead:
                 environment[slot] = None
 

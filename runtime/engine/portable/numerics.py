@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassine.errors import EngineError, MissingDependency
+from glassine.errors import EngineError
 
 _FLOATS = ("float16", "float32", "float64", "bfloat16")
 _TORCH = {
@@ -105,8 +105,3 @@ def open_device(name: str) -> torch.device:
             f"available: {', '.join(key for key, there in present.items() if there)}"
         )
     return device
-
-
-def require_torch() -> None:
-    """Raise the error that tells how to get PyTorch (this module cannot be imported without it)."""
-    raise MissingDependency("the portable engine needs PyTorch; install it with: pip install 'glassine[portable]'")

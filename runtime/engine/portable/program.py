@@ -184,7 +184,7 @@ def read_package(package: Path | str) -> Program:
     """
     package = Path(package)
     model_path = _model_path(package)
-    model = proto.load().Model()  # type: ignore[attr-defined]
+    model = proto.load().Model()
     try:
         model.ParseFromString(model_path.read_bytes())
     except Exception as error:  # protobuf raises its own DecodeError, a plain Exception
@@ -359,7 +359,7 @@ def _literal(tensor: Any, type_: ValueType) -> NDArray[Any]:
                 raise ValueError(f"{raw.size} bytes, too few for {type_.dtype} {shape}")
             signed = type_.dtype.startswith("int")
             return unpack_bits(raw, _BITS[type_.dtype], count, signed=signed).reshape(shape)
-        return raw.view(np.dtype(type_.dtype).newbyteorder("<")).reshape(shape)
+        return np.asarray(raw.view(np.dtype(type_.dtype).newbyteorder("<")).reshape(shape))
     values = getattr(tensor, kind).values if kind else ()
     return np.array(values, dtype=np.dtype(type_.dtype)).reshape(shape)
 

@@ -102,7 +102,7 @@ def from_constant(form: str, arrays: Sequence[NDArray[Any]], dtypes: Sequence[st
     if form in _FROM_ARRAY:
         return _FROM_ARRAY[form](arrays[0])
     if dtypes[0] == "string":
-        return arrays[0].tolist()
+        return arrays[0]
     return numerics.tensor(arrays[0], dtypes[0])
 
 

@@ -67,7 +67,7 @@ def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int, *, signed: boo
     if not signed:
         return elements
     sign = np.uint8(1 << (bits - 1))
-    return ((elements ^ sign) - sign).view(np.int8)
+    return np.asarray(((elements ^ sign) - sign).view(np.int8))
 
 
 class WeightFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glassine.errors import EngineError
 from glassine.runtime.engine.portable.registry import op
 
 
@@ -37,3 +38,69 @@ def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices:
         taken = torch.stack([gather_nd(row, i) for row, i in zip(rows, index, strict=True)])
         return taken.reshape(*x.shape[:batch_dims], *taken.shape[1:])
     return x[tuple(positions(part, size) for part, size in zip(indices.unbind(-1), x.shape, strict=False))]
+
+
+@op("gather_along_axis")
+def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False) -> Tensor:
+    """Take single elements along `axis`; `indices` has the rank of x."""
+    return torch.take_along_dim(x, positions(indices, x.shape[axis]), axis)
+
+
+@op("scatter")
+def scatter(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    """Write whole slices along `axis`."""
+    axis %= data.ndim
+    index = positions(indices, data.shape[axis])
+    # The axes of `indices` stand at `axis` in `updates`: bring both to the front.
+    target = data.movedim(axis, 0).clone()
+    source = updates.movedim(tuple(range(axis, axis + index.ndim)), tuple(range(index.ndim)))
+    return _combine(target, (index,), source, mode).movedim(0, axis)
+
+
+@op("scatter_along_axis")
+def scatter_along_axis(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    """Write single elements along `axis`; `indices` has the rank of data."""
+    index = list(torch.meshgrid([torch.arange(n, device=data.device) for n in indices.shape], indexing="ij"))
+    index[axis] = positions(indices, data.shape[axis])
+    return _combine(data.clone(), tuple(index), updates, mode)
+
+
+@op("scatter_nd")
+def scatter_nd(
+    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: bool = False
+) -> Tensor:
+    """The last axis of `indices` is a position in data; after it, whole slices."""
+    index = tuple(positions(part, size) for part, size in zip(indices.unbind(-1), data.shape, strict=False))
+    return _combine(data.clone(), index, updates, mode)
+
+
+def _combine(target: Tensor, index: tuple[Tensor, ...], source: Tensor, mode: str) -> Tensor:
+    """Write into target[index]; modes other than update accumulate over repeated positions."""
+    if mode == "update":
+        return target.index_put_(index, source)
+    if mode in ("add", "sub"):
+        return target.index_put_(index, -source if mode == "sub" else source, accumulate=True)
+    pick = {"mul": "prod", "div": "prod", "max": "amax", "min": "amin"}
+    if mode not in pick:
+        raise EngineError(f"scatter mode {mode!r}, expected update, add, sub, {', '.join(pick)}")
+    # index_put_ accumulates sums alone: number the cells, and reduce over the numbers.
+    numbers = torch.arange(target.numel(), device=target.device).reshape(target.shape)[index].reshape(-1)
+    flat, values = target.reshape(-1), source.reshape(-1)
+    if mode == "div" and not target.is_floating_point():
+        raise EngineError("scatter: the mode div of integers is not in the portable engine")
+    values = 1 / values if mode == "div" else values
+    return flat.scatter_reduce(0, numbers, values.expand_as(numbers), pick[mode]).reshape(target.shape)
