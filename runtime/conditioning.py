@@ -145,7 +145,7 @@ def emphasise(states: Float, weights: list[float], emphasis: Emphasis) -> Float:
         factors[0, 1 : 1 + len(weights), 0] = weights
         weighted = states * factors
         if emphasis == "original":
-            weighted *= states.mean() / weighted.mean()
+            weighted *= np.float32(states.mean(dtype=np.float64) / weighted.mean(dtype=np.float64))
     if not np.isfinite(weighted).all():
         raise RequestError(
             f"prompt: weights up to {max(map(abs, weights)):g} make numbers that are not finite; lower them"
@@ -195,9 +195,7 @@ def _encode(predict: Predict, ids: tuple[int, ...], clip_skip: int) -> tuple[Flo
         )
     layers = _output(outputs, "hidden_states", 3)
     if not 1 <= clip_skip <= len(layers):
-        raise RequestError(
-            f"clip skip {clip_skip}: this text encoder has {len(layers)} layers, expected 1 to {len(layers)}"
-        )
+        raise RequestError(f"clip skip {clip_skip}: expected 1 to {len(layers)}, the layers of this text encoder")
     return layers[-clip_skip][None], pooled
 
 

@@ -52,7 +52,6 @@ class Tokenizer:
     Attributes:
         bos, eos: ids of the start and end tokens.
         comma: id of a comma that ends a piece, or None.
-        size: number of ids.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
@@ -66,7 +65,6 @@ class Tokenizer:
         self._cache: dict[str, list[str]] = {}
         self.bos, self.eos = vocab[BOS], vocab[EOS]
         self.comma = vocab.get("," + _END)
-        self.size = len(vocab)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -149,14 +147,15 @@ class Tokenizer:
 
 
 _AGAIN = "convert the model again"
+_MOST = 1 << 24  # text encoders take ids as float32, which counts no further
 
 
 def _checked_vocab(path: Path, raw: Any) -> dict[str, int]:
-    if not isinstance(raw, dict) or not all(type(id) is int for id in raw.values()):
-        raise PackageError(f"{path}: expected an object of token -> id; {_AGAIN}")
+    if not isinstance(raw, dict) or not all(type(id) is int and 0 <= id < _MOST for id in raw.values()):
+        raise PackageError(f"{path}: expected an object of token -> id, 0 to {_MOST - 1}; {_AGAIN}")
     vocab: dict[str, int] = raw
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise PackageError(f"{path}: expected the ids 0 to {len(vocab) - 1}, each once; {_AGAIN}")
+    if len(set(vocab.values())) != len(vocab):
+        raise PackageError(f"{path}: {len(vocab)} tokens share {len(set(vocab.values()))} ids; {_AGAIN}")
     missing = [token for token in (BOS, EOS) if token not in vocab]
     if missing:
         raise PackageError(f"{path}: no token {' and '.join(missing)} among {len(vocab)}; {_AGAIN}")
