@@ -31,19 +31,17 @@ class Sizes:
     text_layers: int = 3
     vocabulary: int = 49408
     heads: int = 2
-    vae_groups: int = 16
+    groups: int = 16
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def header(self) -> dict[str, str]:
         """What such a file has to say in its metadata, as shapes cannot tell it."""
-        said = {"glassine.heads": str(self.heads), "glassine.norm_groups": str(self.vae_groups)}
+        said = {"glassine.heads": str(self.heads), "glassine.norm_groups": str(self.groups)}
         return {**said, **self.metadata}
 
 
 TINY = Sizes()
-SD15 = Sizes(
-    unet=(320, 640, 1280, 1280), context=768, vae=(128, 256, 512, 512), text_layers=12, heads=8, vae_groups=32
-)
+SD15 = Sizes(unet=(320, 640, 1280, 1280), context=768, vae=(128, 256, 512, 512), text_layers=12, heads=8, groups=32)
 
 
 def _conv(out: Shapes, name: str, cout: int, cin: int, k: int) -> None:
@@ -266,3 +264,144 @@ def write_checkpoint(path: Path, sizes: Sizes = TINY, *, dtype: str = "F16", see
         return "I64" if key.endswith("position_ids") else "F32" if key in extras else dtype
 
     return write_safetensors(path, {**tensors, **extras}, dtype=kind, metadata=sizes.header())
+
+
+def diffusers_names(part: str, sizes: Sizes) -> dict[str, str]:
+    """LDM key -> diffusers key of the "unet" or the "vae", found by building both lists side by side.
+
+    LDM and diffusers construct the same layers in the same order block by block; only the words differ.
+    """
+    if part == "unet":
+        return {key: _diffusers_unet_key(key) for key in ldm_unet(sizes)}
+    return {key: _diffusers_vae_key(key, len(sizes.vae)) for key in ldm_vae(sizes)}
+
+
+def _diffusers_unet_key(key: str) -> str:
+    words = key.split(".")
+    inner = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"}
+    inner |= {"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+
+    def resnet(rest: list[str]) -> str:
+        joined = ".".join(rest[:-1])
+        return f"{inner[joined]}.{rest[-1]}"
+
+    if words[0] == "time_embed":
+        return f"time_embedding.linear_{1 if words[1] == '0' else 2}.{words[2]}"
+    if words[0] == "out":
+        return f"{'conv_norm_out' if words[1] == '0' else 'conv_out'}.{words[2]}"
+    if words[0] == "middle_block":
+        i = int(words[1])
+        rest = words[2:]
+        if i == 1:
+            return "mid_block.attentions.0." + ".".join(rest)
+        return f"mid_block.resnets.{i // 2}.{resnet(rest)}"
+    i, j, rest = int(words[1]), int(words[2]), words[3:]
+    if words[0] == "input_blocks":
+        if i == 0:
+            return f"conv_in.{words[3]}"
+        level, layer = divmod(i - 1, 3)
+        if rest[0] == "op":
+            return f"down_blocks.{level}.downsamplers.0.conv.{rest[1]}"
+        side = "down"
+    else:
+        level, layer = divmod(i, 3)
+        if rest[0] == "conv":
+            return f"up_blocks.{level}.upsamplers.0.conv.{rest[1]}"
+        side = "up"
+    if j == 1:
+        return f"{side}_blocks.{level}.attentions.{layer}." + ".".join(rest)
+    return f"{side}_blocks.{level}.resnets.{layer}.{resnet(rest)}"
+
+
+def _diffusers_vae_key(key: str, levels: int) -> str:
+    words = key.split(".")
+    if words[0] in {"quant_conv", "post_quant_conv"} or words[1] in {"conv_in", "conv_out"}:
+        return key
+    coder, kind, rest = words[0], words[1], words[2:]
+    if kind == "norm_out":
+        return f"{coder}.conv_norm_out.{rest[0]}"
+    if kind == "mid":
+        if rest[0] == "attn_1":
+            name = {"norm": "group_norm", "proj_out": "to_out.0"}.get(rest[1], f"to_{rest[1]}")
+            return f"{coder}.mid_block.attentions.0.{name}.{rest[2]}"
+        return f"{coder}.mid_block.resnets.{int(rest[0][-1]) - 1}.{'.'.join(rest[1:])}"
+    level = int(rest[0])
+    block = f"{coder}.{kind}_blocks.{level if kind == 'down' else levels - 1 - level}"
+    if rest[1] in {"downsample", "upsample"}:
+        return f"{block}.{rest[1]}rs.0.conv.{rest[3]}"
+    tail = ".".join(rest[3:]).replace("nin_shortcut", "conv_shortcut")
+    return f"{block}.resnets.{rest[2]}.{tail}"
+
+
+def diffusers_configs(sizes: Sizes) -> dict[str, dict[str, object]]:
+    """The config.json of each part, as diffusers and transformers write them."""
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in sizes.attention]
+    up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(sizes.attention)]
+    levels = len(sizes.vae)
+    return {
+        "unet": {
+            "_class_name": "UNet2DConditionModel",
+            "attention_head_dim": sizes.heads,
+            "block_out_channels": list(sizes.unet),
+            "cross_attention_dim": sizes.context,
+            "down_block_types": down,
+            "up_block_types": up,
+            "layers_per_block": 2,
+            "norm_num_groups": sizes.groups,
+            "sample_size": 64,
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL",
+            "block_out_channels": list(sizes.vae),
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "latent_channels": 4,
+            "layers_per_block": 2,
+            "norm_num_groups": sizes.groups,
+            "scaling_factor": 0.18215,
+        },
+        "text_encoder": {
+            "architectures": ["CLIPTextModel"],
+            "hidden_act": "quick_gelu",
+            "hidden_size": sizes.context,
+            "intermediate_size": 4 * sizes.context,
+            "num_attention_heads": max(1, sizes.context // 64),
+            "num_hidden_layers": sizes.text_layers,
+            "vocab_size": sizes.vocabulary,
+            "max_position_embeddings": 77,
+        },
+    }
+
+
+def write_diffusers(folder: Path, sizes: Sizes = TINY, *, dtype: str = "F16", seed: int = 0) -> Path:
+    """Write a diffusers folder with the very values of `write_checkpoint(..., seed=seed)`."""
+    tensors = values(ldm_checkpoint(sizes), seed)
+    prefixes = {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.transformer.",
+    }
+    for part, config in diffusers_configs(sizes).items():
+        place = folder / part
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(config))
+        prefix = prefixes[part]
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if part != "text_encoder":
+            names = diffusers_names(part, sizes)
+            own = {names[key]: value for key, value in own.items()}
+        # diffusers keeps the VAE's attention as matrices, LDM as 1x1 convolutions.
+        own = {
+            key: value[:, :, 0, 0] if part == "vae" and ".attentions." in key and value.ndim == 4 else value
+            for key, value in own.items()
+        }
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        write_safetensors(place / f"{stem}.safetensors", own, dtype=dtype)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(
+            {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        )
+    )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return folder

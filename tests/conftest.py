@@ -1,0 +1,49 @@
+"""Fixtures that every folder of tests may use."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SUPPORT = Path(__file__).parent / "support"
+
+
+def load_support(name: str) -> ModuleType:
+    """Import tests/support/<name>.py (importlib mode keeps tests off sys.path)."""
+    qualified = f"glassine_tests_{name}"
+    if qualified not in sys.modules:
+        spec = importlib.util.spec_from_file_location(qualified, SUPPORT / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[qualified] = module
+        spec.loader.exec_module(module)
+    return sys.modules[qualified]
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> ModuleType:
+    """tests/support/checkpoints.py: writes random Stable Diffusion 1.x checkpoints."""
+    return load_support("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(checkpoints, tmp_path_factory) -> Path:
+    """A whole SD 1.x single file with small networks and random fp16 weights; read only."""
+    return checkpoints.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusers(checkpoints, tmp_path_factory) -> Path:
+    """The same networks as a diffusers folder; read only."""
+    return checkpoints.write_diffusers(tmp_path_factory.mktemp("diffusers") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_checkpoint, tmp_path_factory) -> Path:
+    """`tiny_checkpoint` converted at 64x64 pixels; read only."""
+    from glassine.convert.folder import ConvertOptions, convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("converted") / "tiny"
+    convert_checkpoint(tiny_checkpoint, folder, ConvertOptions(sizes=((64, 64),), attention="einsum"))
+    return folder
