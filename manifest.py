@@ -1,4 +1,4 @@
-"""glassine.json: what a converted folder holds. The converter writes it, the runtime reads it, neither imports the other."""
+"""glassine.json: what a converted folder holds. The converter writes it, the runtime reads it, apart from each other."""
 
 from __future__ import annotations
 

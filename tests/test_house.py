@@ -13,8 +13,8 @@ import pytest
 import glassine
 
 ROOT = Path(glassine.__file__).resolve().parent
-PACKAGE_FOLDERS = ("convert", "models", "runtime")
-ROOT_MODULES = {"__init__", "__main__", "cli", "demo", "doctor", "errors", "manifest"}
+PACKAGE_FOLDERS = ("commands", "convert", "models", "runtime")
+ROOT_MODULES = {"__init__", "__main__", "cli", "errors", "manifest"}
 
 
 def sources() -> list[Path]:
@@ -72,9 +72,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("models", ("glassine.convert", "glassine.runtime", "glassine.cli")),
-        ("runtime", ("glassine.convert", "glassine.models", "glassine.cli")),
-        ("convert", ("glassine.cli", "glassine.runtime")),
+        ("models", ("glassine.convert", "glassine.runtime", "glassine.cli", "glassine.commands")),
+        ("runtime", ("glassine.convert", "glassine.models", "glassine.cli", "glassine.commands")),
+        ("convert", ("glassine.cli", "glassine.commands", "glassine.runtime")),
     ],
 )
 def test_imports_go_one_way(folder, forbidden):
@@ -87,7 +87,7 @@ def test_imports_go_one_way(folder, forbidden):
 
 def test_torch_is_imported_where_it_is_needed_and_nowhere_else():
     allowed = (ROOT / "runtime" / "engine" / "portable", ROOT / "models" / "tiny", ROOT / "convert" / "verify.py")
-    extra = (ROOT / "convert" / "reference.py", ROOT / "doctor.py")
+    extra = (ROOT / "convert" / "reference.py", ROOT / "commands" / "doctor.py")
     for path in sources():
         if path.is_relative_to(allowed[0]) or path.is_relative_to(allowed[1]) or path in (*allowed[2:], *extra):
             continue
@@ -112,4 +112,4 @@ def test_drawing_imports_neither_torch_nor_coremltools():
 
 def test_the_newest_changelog_entry_is_this_version():
     versions = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
-    assert [v for v in versions if v != "Unreleased"][0] == glassine.__version__
+    assert next(v for v in versions if v != "Unreleased") == glassine.__version__

@@ -1,0 +1,1 @@
+"""The verbs of the `glassine` command. Heavy imports stay inside them, so that help answers at once."""

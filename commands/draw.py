@@ -1,0 +1,214 @@
+"""The verbs that draw: generate, map, fan."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from glassine.commands.options import (
+    FILE,
+    FOLDER,
+    as_json,
+    bar,
+    engine_of,
+    engine_options,
+    give,
+    map_options,
+    overwrite,
+    read_sizes,
+    sampling_options,
+    say,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from glassine.runtime.inputs import MapSource
+    from glassine.runtime.pipeline import Pipeline, Result, Run
+
+
+@click.command()
+@click.argument("model", type=FOLDER)
+@click.argument("prompt", required=False)
+@click.option("--out", "-o", type=FILE, help="The picture to write.  [default: glassine-SEED.png]")
+@click.option("--image", type=FILE, help="Change this picture instead of starting from noise.")
+@map_options
+@sampling_options
+@click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures; each has the next seed.")
+@click.option("--from", "replay", type=FILE, help="Draw again what this PNG says; other options change it.")
+@click.option("--preview", type=FILE, help="Write a rough preview to this PNG after every step.")
+@overwrite
+@engine_options
+@as_json
+def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_json: bool, **asked: Any) -> None:
+    """Draw a picture from a PROMPT with MODEL.
+
+    From noise, or from a picture that may change as much as its map says.
+
+    \b
+    Example:
+      glassine generate dreamshaper "a paper boat on a lake" --seed 7 -o boat.png
+      glassine generate dreamshaper "a swan" --image boat.png --map gradient:left-right -o swan.png
+      glassine generate dreamshaper "a red sail" --image boat.png --mask sail.png --softness 24 -o sail-red.png
+      glassine generate dreamshaper --from boat.png -o again.png
+    """
+    from glassine.runtime.image import check_output, save_png
+    from glassine.runtime.pipeline import Pipeline
+
+    settings, image, maps = drawing_of(prompt, asked)
+    if "seed" not in settings:
+        settings["seed"] = secrets.randbelow(2**32)
+        say(f"seed {settings['seed']}")
+    requests = [{**settings, "seed": settings["seed"] + index} for index in range(count)]
+    paths = [output_of(out, request["seed"], count) for request in requests]
+    for path in paths:
+        check_output(path, overwrite=asked["overwrite"])
+    with Pipeline.load(model, engine_of(asked)) as pipe:
+        for path, request in zip(paths, requests, strict=True):
+            result = draw(pipe, request, image, maps, asked["preview"])
+            save_png(
+                path, result.pixels, text=result.text, icc_profile=result.icc_profile, overwrite=asked["overwrite"]
+            )
+            report = {"path": str(path), "seed": request["seed"], "evaluations": result.evaluations}
+            give({**report, "seconds": result.seconds, "notices": result.notices}, str(path), as_json)
+
+
+def drawing_of(prompt: str | None, asked: dict[str, Any]) -> tuple[dict[str, Any], Path | None, MapSource]:
+    """Settings, source picture and map of a drawing: from the options, over what --from recorded."""
+    from glassine.runtime.inputs import MapSource, replayed_inputs
+    from glassine.runtime.metadata import read_record
+    from glassine.runtime.request import DEFAULT_STRENGTH
+
+    settings = settings_of(asked)
+    if prompt is not None:
+        settings["prompt"] = prompt
+    image, white = asked["image"], asked["map_white"]
+    maps = MapSource(
+        map=asked["change_map"], mask=asked["mask"], softness=asked["softness"] or 0.0, white=white or "change"
+    )
+    if asked.get("replay") is not None:
+        record = read_record(asked["replay"])
+        for notice in record.notices:
+            say(f"note: {notice}")
+        settings = {**record.request, **settings}
+        image, maps = replayed_inputs(record, asked["replay"].parent, image, maps)
+    elif prompt is None:
+        raise click.UsageError("give a PROMPT, or --from PICTURE.png to draw a picture again")
+    if image is not None and maps.source is None:
+        settings.setdefault("strength", DEFAULT_STRENGTH)
+    return settings, image, maps
+
+
+def output_of(out: Path | None, seed: int, count: int) -> Path:
+    """Where a picture goes: the name that was asked for, with the seed if there are several."""
+    if out is None:
+        return Path(f"glassine-{seed}.png")
+    return out if count == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}")
+
+
+def draw(
+    pipe: Pipeline, settings: dict[str, Any], image: Path | None, maps: MapSource, preview: Path | None = None
+) -> Result:
+    """Draw one picture."""
+    from glassine.runtime.inputs import read_inputs
+    from glassine.runtime.request import Request
+
+    request = Request.from_dict(settings)
+    return watch(pipe.run(request, read_inputs(image, maps, *pipe.size, fit=request.fit)), preview)
+
+
+def watch(run: Run, preview: Path | None = None) -> Result:
+    """Finish a run behind a progress bar, with a preview after every step if wanted."""
+    from glassine.runtime.image import save_png
+
+    for notice in run.notices:
+        say(f"note: {notice}")
+    with bar("drawing") as advance:
+        for step in run:
+            advance(step.i + 1 - (step.steps - run.steps), run.steps, f"sigma {step.sigma:6.2f}")
+            if preview is not None:
+                save_png(preview, run.preview(step), overwrite=True)
+        advance(run.steps, run.steps, "decoding")
+        return run.finish()
+
+
+@click.command("map")
+@click.option("--image", type=FILE, required=True, help="The picture that the map is for.")
+@map_options
+@click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps.")
+@click.option("--strength", type=float, default=1.0, show_default=True, help="As in generate.")
+@click.option("--size", callback=read_sizes, multiple=True, metavar="WxH", help="[default: the picture's]")
+@click.option("--out", "-o", type=FILE, default=Path("map.png"), show_default=True, help="The picture to write.")
+@overwrite
+@as_json
+def show_map(image: Path, out: Path, size: tuple[tuple[int, int], ...], as_json: bool, **asked: Any) -> None:
+    """Show which part of a picture will change when.
+
+    Draws the steps that each part of the picture takes part in over it; needs no model.
+
+    \b
+    Example:
+      glassine map --image street.png --map depth.png --steps 20 -o plan.png
+      glassine map --image street.png --mask door.png --softness 24
+    """
+    from glassine.runtime.change_map import n_table, render, to_cells
+    from glassine.runtime.image import check_output, read_picture, save_png
+    from glassine.runtime.inputs import read_inputs
+
+    check_output(out, overwrite=asked["overwrite"])
+    settings, image_path, maps = drawing_of("", {**asked, "image": image})
+    if maps.source is None:
+        raise click.UsageError("give --map or --mask")
+    width, height = size[0] if size else read_picture(image).size
+    inputs = read_inputs(image_path, maps, width // 8 * 8, height // 8 * 8, fit=settings.get("fit", "crop"))
+    for notice in inputs.notices:
+        say(f"note: {notice}")
+    table = n_table(to_cells(inputs.change_map), steps=asked["steps"], rule=settings.get("rule", "scale"))
+    save_png(out, render(table, asked["steps"], inputs.pixels), overwrite=asked["overwrite"])
+    give({"path": str(out), "evaluations": int(table.max())}, str(out), as_json)
+
+
+@click.command()
+@click.argument("model", type=FOLDER)
+@click.argument("prompt")
+@click.option("--image", type=FILE, required=True, help="The picture to change.")
+@click.option("--columns", type=int, default=8, show_default=True, help="Strengths, from 0 to 1.")
+@click.option("--exact", is_flag=True, help="One run a column, instead of one run whose columns see each other.")
+@click.option("--fit", type=click.Choice(["crop", "fit", "stretch"]), help="As in generate.  [default: crop]")
+@sampling_options
+@click.option("--out", "-o", type=FILE, default=Path("fan.png"), show_default=True, help="The picture to write.")
+@overwrite
+@engine_options
+@as_json
+def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: bool, **asked: Any) -> None:
+    """Draw a picture in columns of rising strength.
+
+    To find the strength you want.
+
+    \b
+    Example:
+      glassine fan dreamshaper "a swan" --image boat.png -o fan.png
+      glassine fan dreamshaper "a swan" --image boat.png --columns 5 --exact -o fan.png
+    """
+    from glassine.runtime import fan as fans
+    from glassine.runtime.image import check_output, save_png
+    from glassine.runtime.inputs import MapSource, read_inputs
+    from glassine.runtime.pipeline import Pipeline
+    from glassine.runtime.request import Request
+
+    check_output(out, overwrite=asked["overwrite"])
+    request = Request.from_dict({"seed": secrets.randbelow(2**32), **settings_of(asked), "prompt": prompt})
+    with Pipeline.load(model, engine_of(asked)) as pipe:
+        strips = fans.columns(pipe.size[0], asked["columns"])
+        inputs = read_inputs(image, MapSource(), *pipe.size, fit=request.fit)
+        if exact:
+            results = [(column, watch(run)) for column, run in fans.exact_fan(pipe, request, inputs, strips)]
+            pixels, words = fans.assemble(results), "exact: one run a column"
+        else:
+            pixels = watch(fans.approximate_fan(pipe, request, inputs, strips)).pixels
+            words = "approximate: one run, the columns see each other"
+    save_png(out, fans.label(pixels, strips, words), overwrite=asked["overwrite"])
+    strengths = [column.strength for column in strips]
+    give({"path": str(out), "seed": request.seed, "strengths": strengths, "exact": exact}, str(out), as_json)

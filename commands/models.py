@@ -1,0 +1,135 @@
+"""The verbs that make and look at models: convert, inspect, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_sizes, say
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=FOLDER)
+@click.option(
+    "--part",
+    type=click.Choice(["unet", "vae", "vae_encoder", "vae_decoder", "text_encoder"]),
+    help="Convert this part alone.",
+)
+@click.option("--size", "sizes", multiple=True, callback=read_sizes, metavar="WxH", help="Pixels; may be repeated.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1, 16),
+    default=2,
+    show_default=True,
+    help="Rows a UNet call: 2 = with guidance at once, 1 = one after the other.",
+)
+@click.option(
+    "--tokens", type=click.Choice(["77", "154", "231"]), default="77", show_default=True, help="Room for the prompt."
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["split", "einsum", "sdpa"]),
+    default="split",
+    show_default=True,
+    help="split: Neural Engine and GPU; einsum: GPU and CPU; sdpa: the fused operation of macOS 15.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["channels_first", "channels_last"]),
+    help="Of the tokens.  [default: channels_first for split, channels_last for the others]",
+)
+@click.option("--name", help="The model's name.  [default: the file's]")
+@click.option("--prediction-type", type=click.Choice(["epsilon", "v_prediction"]), help="[default: what the file says]")
+@click.option("--tokenizer", type=FOLDER, help="vocab.json and merges.txt, for a vocabulary other than CLIP's.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@overwrite
+@as_json
+def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
+    """Convert a checkpoint into a model folder.
+
+    SOURCE is a .safetensors file or a diffusers folder; OUT becomes a folder of .mlpackage files. Needs no network, no
+    torch and little memory, and takes about as long as copying the file.
+
+    \b
+    Example:
+      glassine convert dreamshaper_8.safetensors dreamshaper
+      glassine convert unet.safetensors parts --part unet --size 768x512 --attention einsum
+    """
+    from glassine.convert.folder import ConvertOptions, convert_checkpoint
+    from glassine.convert.imports import import_coremltools
+
+    import_coremltools()
+    asked["tokens"] = int(asked["tokens"])
+    if asked["layout"] is None:
+        asked["layout"] = "channels_first" if asked["attention"] == "split" else "channels_last"
+    options = ConvertOptions(**asked)
+    with bar("reading") as advance:
+        manifest = convert_checkpoint(
+            source, out, options, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}")
+        )
+    if not as_json:
+        say(f"{manifest.name}: {manifest.family}, {manifest.width}x{manifest.height}, {', '.join(manifest.parts)}")
+    give({"folder": str(out), "parts": {role: part.file for role, part in manifest.parts.items()}}, str(out), as_json)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@as_json
+def inspect(model: Path, as_json: bool) -> None:
+    """Show what is inside a model.
+
+    MODEL is a model folder or one .mlpackage: inputs, outputs, operations, parameters, FLOPs, precision, size.
+
+    \b
+    Example:
+      glassine inspect dreamshaper
+      glassine inspect dreamshaper/Unet.mlpackage --json
+    """
+    from glassine.manifest import Manifest
+    from glassine.runtime.engine.portable.program import read_package
+    from glassine.runtime.engine.portable.summary import summarise
+
+    if model.suffix == ".mlpackage":
+        packages = {model.stem: model}
+    else:
+        packages = {role: model / part.file for role, part in Manifest.read(model).parts.items()}
+    summaries = {role: summarise(read_package(package)) for role, package in packages.items()}
+    if as_json:
+        give({role: dataclasses.asdict(summary) for role, summary in summaries.items()}, "", True)
+        return
+    for role, summary in summaries.items():
+        click.echo(describe(role, packages[role], summary))
+
+
+@click.command()
+@click.argument("model", type=FOLDER)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--part", multiple=True, help="Check this part alone; may be repeated.")
+@click.option("--threshold", type=float, default=60.0, show_default=True, help="PSNR in dB below which a part fails.")
+@engine_options
+@as_json
+def verify(model: Path, source: Path, part: tuple[str, ...], threshold: float, as_json: bool, **asked: Any) -> None:
+    """Compare a model with the weights it was made of.
+
+    Every part of MODEL runs on an engine, and its SOURCE weights in PyTorch in fp32, on the same inputs.
+
+    \b
+    Example:
+      glassine verify dreamshaper dreamshaper_8.safetensors
+    """
+    from glassine.convert.verify import verify_folder
+
+    with bar("verifying") as advance:
+        reports = verify_folder(model, source, parts=part, options=engine_of(asked), report=advance)
+    lines = [f"{r.role:14} {r.psnr:6.1f} dB   largest error {r.max_error:.2e}" for r in reports]
+    give({r.role: {"psnr": r.psnr, "max_error": r.max_error} for r in reports}, "\n".join(lines), as_json)
+    failed = [r.role for r in reports if not r.psnr >= threshold]
+    if failed:
+        raise click.ClickException(f"{', '.join(failed)}: below {threshold:g} dB; convert the model again")

@@ -1,0 +1,129 @@
+"""What the verbs share: options that several have, and how results, notes and progress reach the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from glassine.runtime.engine import EngineOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# The names of the registries, spelled out so that --help imports neither NumPy nor the samplers; a test compares them.
+SAMPLERS = (
+    "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
+    "dpmpp_sde", "unipc", "pndm", "lcm", "tcd",
+)  # fmt: skip
+SPACINGS = ("linspace", "leading", "trailing", "karras", "exponential", "ays")
+RULES = ("scale", "cap", "authors", "time")
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Stack option decorators so that help lists them in the order given."""
+
+    def apply(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+engine_options = options(
+    click.option("--engine", type=click.Choice(["auto", "coreml", "portable"]), default="auto", show_default=True,
+                 help="auto: Core ML on a Mac, PyTorch elsewhere."),
+    click.option("--units", type=click.Choice(["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]), default="all",
+                 show_default=True, help="Core ML compute units."),
+    click.option("--device", default="cpu", show_default=True, help="Device of the portable engine: cpu, cuda, mps."),
+    click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+                 help="Of the portable engine; fp16 rounds after every operation, as the Neural Engine does."),
+)  # fmt: skip
+map_options = options(
+    click.option("--map", "change_map", metavar="FILE|WORDS",
+                 help="Change map: a grey picture, or words such as gradient:left-right, box:10%,10%,50%,60%."),
+    click.option("--mask", type=FILE, help="A black and white picture: white may change."),
+    click.option("--softness", type=float, metavar="PIXELS", help="Soft outward border of the mask."),
+    click.option("--map-white", type=click.Choice(["change", "keep"]),
+                 help="What white means in the map or mask.  [default: change]"),
+    click.option("--rule", type=click.Choice(RULES), help="How the map becomes steps.  [default: scale]"),
+    click.option("--fit", type=click.Choice(["crop", "fit", "stretch"]),
+                 help="A picture of another shape than the model's.  [default: crop]"),
+)  # fmt: skip
+sampling_options = options(
+    click.option("--negative", "negative_prompt", help="What the picture should not show."),
+    click.option("--strength", type=float, 
+                 help="How much of the image may change, 0 to 1.  [default: 0.75; 1 with a map]"),
+    click.option("--steps", type=int, help="Denoising steps.  [default: 20]"),
+    click.option("--cfg", "guidance_scale", type=float, help="Classifier-free guidance.  [default: 7.5]"),
+    click.option("--rescale", "guidance_rescale", type=float, help="Guidance rescale, 0 to 1.  [default: 0]"),
+    click.option("--sampler", type=click.Choice(SAMPLERS), help="[default: dpmpp_2m]"),
+    click.option("--spacing", type=click.Choice(SPACINGS), help="Noise levels.  [default: the sampler's own]"),
+    click.option("--eta", type=float, help="Share of fresh noise, for samplers that have it."),
+    click.option("--seed", type=int, help="[default: a new one, printed]"),
+    click.option("--noise", type=click.Choice(["torch", "philox"]),
+                 help="torch: seeds as on a Mac; philox: as on CUDA.  [default: torch]"),
+    click.option("--clip-skip", type=int, help="1 = the last layer, 2 = the one before ...  [default: the model's]"),
+    click.option("--emphasis", type=click.Choice(["original", "no_norm"]), help="How (word:1.3) weighs."),
+)  # fmt: skip
+SETTINGS = (
+    "negative_prompt", "strength", "steps", "guidance_scale", "guidance_rescale", "sampler", "spacing", "eta", "seed",
+    "noise", "clip_skip", "emphasis", "rule", "fit",
+)  # fmt: skip
+
+
+def engine_of(asked: dict[str, Any]) -> EngineOptions:
+    """The engine options among a verb's parameters."""
+    from glassine.runtime.engine import EngineOptions
+
+    return EngineOptions(
+        engine=asked["engine"], compute_units=asked["units"], device=asked["device"], precision=asked["precision"]
+    )
+
+
+def settings_of(asked: dict[str, Any]) -> dict[str, Any]:
+    """The picture's settings that were given; unset is None, 0 is a value."""
+    return {name: asked[name] for name in SETTINGS if asked.get(name) is not None}
+
+
+def say(message: str) -> None:
+    """Tell the user something that is not the result."""
+    click.echo(message, err=True)
+
+
+def give(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print the result: one JSON object, or its plain text."""
+    click.echo(json.dumps(result) if as_json else text)
+
+
+@contextmanager
+def bar(words: str) -> Iterator[Callable[[float, float | None, str], None]]:
+    """Show a progress bar on stderr, to people only; yields advance(done, total, words)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(words, total=None)
+        yield lambda done, total, words: progress.update(task, completed=done, total=total, description=words)
+
+
+def read_sizes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """Read sizes such as 512x512 (width x height)."""
+    sizes = []
+    for value in values:
+        width, cross, height = value.partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal()):
+            raise click.BadParameter(f"{value!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 512x768")
+        sizes.append((int(width), int(height)))
+    return tuple(sizes)
