@@ -30,7 +30,7 @@ def lms(denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: N
             x_next += weight * earlier.d
         return x_next
 
-    return past.pick(3 if sigma_next > 0 else 0, carry), call
+    return past.pick(3, carry), call
 
 
 def _adams_weights(at: list[float], sigma_next: float) -> list[float]:
