@@ -77,12 +77,13 @@ def encode_prompt(
         pad: id behind the end token; None is the end token itself (CLIP-L). SD2 and OpenCLIP bigG: 0.
 
     Raises:
-        RequestError: words a closed vocabulary does not know, weights out of range, a clip skip the encoder lacks.
+        RequestError: words a small vocabulary cannot spell, weights out of range, a clip skip the encoder lacks.
         EngineError: the encoder does not answer as described.
     """
     if tokens % CHUNK or tokens < CHUNK:
         raise RequestError(f"the context has {tokens} tokens, expected a multiple of {CHUNK}")
-    chunks, cut = split_chunks(tokenizer, parse_prompt(text), limit=tokens // CHUNK)
+    spans = parse_prompt(text)
+    chunks, cut = split_chunks(tokenizer, spans, limit=tokens // CHUNK)
     chunks = _filled(chunks, tokens // CHUNK)
     encoded: dict[tuple[int, ...], tuple[Float, Float | None]] = {}
     states = []
@@ -92,7 +93,7 @@ def encode_prompt(
             encoded[ids] = _encode(predict, ids, clip_skip)
         states.append(emphasise(encoded[ids][0], chunk.weights, emphasis))
     pooled = encoded[chunk_ids(tokenizer, chunks[0], pad)][1]
-    notices = (*unsupported(text), *_cut_notices(tokenizer, cut, tokens))
+    notices = (*unsupported(text), *_unknown_notices(tokenizer, spans), *_cut_notices(tokenizer, cut, tokens))
     return Conditioning(context=np.concatenate(states, axis=1), pooled=pooled, notices=notices)
 
 
@@ -208,6 +209,13 @@ def _output(outputs: Mapping[str, NDArray[np.generic]], name: str, rank: int) ->
             f"expected {rank} dimensions{f' with {CHUNK} tokens' if rank == 3 else ''}; convert the model again"
         )
     return np.array(array, np.float32)
+
+
+def _unknown_notices(tokenizer: Tokenizer, spans: Iterable[Span]) -> Iterator[str]:
+    unknown = dict.fromkeys(word for span in spans if span.text is not None for word in tokenizer.unknown(span.text))
+    if unknown:
+        words = ", ".join(map(repr, unknown))
+        yield f"this small model was not taught {words}; it knows, among others: {', '.join(tokenizer.words)}"
 
 
 def _cut_notices(tokenizer: Tokenizer, cut: list[int | None], tokens: int) -> Iterator[str]:

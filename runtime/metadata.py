@@ -54,8 +54,10 @@ SPACING_NAMES = {
     "exponential": "Exponential",
     "sgm_uniform": "SGM Uniform",
     "kl_optimal": "KL Optimal",
+    "ays_xl": "Align Your Steps",  # A1111 has one name for both; read back, it is the last of them
     "ays": "Align Your Steps",
 }
+AUTOMATIC = "Automatic"  # the sampler's own schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,7 @@ def parameters_text(
     fields = {
         "Steps": request["steps"],
         "Sampler": SAMPLER_NAMES.get(request["sampler"], request["sampler"]),
-        "Schedule type": None if spacing is None else SPACING_NAMES.get(spacing, spacing),
+        "Schedule type": AUTOMATIC if spacing is None else SPACING_NAMES.get(spacing, spacing),
         "CFG scale": request["guidance_scale"],
         "Seed": request["seed"],
         "Size": f"{size[0]}x{size[1]}",
@@ -122,7 +124,7 @@ def parameters_text(
         "Denoising strength": request["strength"] if has_image else None,
         "Clip skip": request.get("clip_skip"),
         "Eta": request.get("eta"),
-        "CFG Rescale": request.get("guidance_rescale"),
+        "CFG Rescale": request["guidance_rescale"] if request.get("guidance_rescale") else None,
         "RNG": {"torch": "CPU", "philox": "NV"}.get(request["noise"]),
         "Emphasis": "No norm" if request.get("emphasis") == "no_norm" else None,
         "Version": f"Glassine {version}",
@@ -217,6 +219,8 @@ _NUMBERS: dict[str, tuple[str, type[int] | type[float]]] = {
 
 
 def _quoted(value: object) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
 
@@ -254,8 +258,8 @@ def _sampler(fields: dict[str, str], notices: list[str]) -> dict[str, str]:
     labels = {label: key for key, label in SPACING_NAMES.items()}
     if spacing in labels:
         found["spacing"] = labels[spacing]
-    elif spacing not in (None, "Automatic"):
-        notices.append(f"schedule {spacing!r} is not known; the sampler's own is used")
+    elif spacing != AUTOMATIC:
+        notices.append(f"schedule {spacing!r} is not known or not said; the sampler's own is used")
     return found
 
 

@@ -20,6 +20,7 @@ BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 _LITERAL = {"<start_of_text>": BOS, "<end_of_text>": EOS}  # what open_clip reads as its own special tokens
 _END = "</w>"
+_SMALL = 4096
 _PIECES = "<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
 
 
@@ -46,8 +47,9 @@ def clean(text: str) -> str:
 class Tokenizer:
     """A CLIP vocabulary.
 
-    A vocabulary that lacks some of the 512 byte symbols is closed: it cannot spell every word, and `encode` refuses
-    those it does not know. CLIP's own is open.
+    CLIP's own spells every word, whole or in pieces that mean something. A small vocabulary, below 4096 tokens, was
+    trained on its words and nothing else: others it spells in pieces without meaning, which `unknown` finds, or, where
+    it lacks the bytes, not at all, which `encode` refuses.
 
     Attributes:
         bos, eos: ids of the start and end tokens.
@@ -84,22 +86,24 @@ class Tokenizer:
         return cls(vocab, merges)
 
     @property
-    def closed(self) -> bool:
-        """True if some words cannot be spelt with this vocabulary."""
-        return any(symbol not in self._ids or symbol + _END not in self._ids for symbol in self._bytes)
-
-    @property
     def words(self) -> list[str]:
-        """The words of two letters or more that are one token."""
-        ends = (token[: -len(_END)] for token in self._ids if token.endswith(_END))
-        return sorted(word for word in ends if len(word) > 1 and word.isalpha())
+        """The words of two letters or more that are one token, but for endings of other words."""
+        endings = {right for _, right in self._ranks}
+        whole = (token[: -len(_END)] for token in self._ids if token.endswith(_END) and token not in endings)
+        return sorted(word for word in whole if len(word) > 1 and word.isalpha())
+
+    def unknown(self, text: str) -> list[str]:
+        """Return the words of `text` that a small vocabulary does not have as one token; none for CLIP's own."""
+        if len(self._ids) >= _SMALL:
+            return []
+        pieces = dict.fromkeys(self._pieces.findall(clean(text)))
+        return [piece for piece in pieces if piece.isalpha() and len(self._symbols(piece)) > 1]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without start and end tokens.
 
         Raises:
-            RequestError: the vocabulary is closed and does not know some words; the message names them and those
-                it knows.
+            RequestError: a small vocabulary cannot spell some words; the message names them and those it knows.
         """
         ids: list[int] = []
         unknown: list[str] = []

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from glassine.errors import EngineError, RequestError
 from glassine.runtime.conditioning import Conditioning, chunk_ids, encode_prompt, split_chunks
 from glassine.runtime.prompt import Span, parse_prompt
-from glassine.runtime.tokenizer import Tokenizer
+from glassine.runtime.tokenizer import BOS, EOS, Tokenizer, byte_symbols
 
 Array = np.ndarray[Any, Any]
 WIDTH, LAYERS = 32, 3
@@ -178,6 +178,14 @@ def test_syntax_that_is_not_followed_is_said(clip: Tokenizer, predict: Any) -> N
     found = encode_prompt(predict, clip, "<lora:film:1>a cat AND a dog")
     assert [notice.split(" is ")[0] for notice in found.notices] == ["<lora:film:1>", "AND"]
     assert np.array_equal(found.context, encode_prompt(predict, clip, "a cat and a dog").context)
+
+
+def test_words_a_small_model_was_not_taught_are_said(predict: Any) -> None:
+    symbols = [*byte_symbols(), *(symbol + "</w>" for symbol in byte_symbols()), "re", "red</w>", BOS, EOS]
+    tokenizer = Tokenizer({symbol: id for id, symbol in enumerate(symbols)}, [("r", "e"), ("re", "d</w>")])
+    assert encode_prompt(predict, tokenizer, "a (red:1.2) BREAK red").notices[1:] == ()
+    (notice,) = encode_prompt(predict, tokenizer, "(dragon:1.2) a red [dragon]").notices
+    assert notice == "this small model was not taught 'dragon'; it knows, among others: red"
 
 
 def test_sd2_pads_with_zero_behind_the_end(clip: Tokenizer) -> None:

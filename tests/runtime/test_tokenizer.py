@@ -62,7 +62,7 @@ def test_known_ids(clip: Tokenizer) -> None:
     # The ids of the vocabulary's own documentation: "!" 256 at a word's end, "a" 320, "photo" 1125, "cat" 2368.
     assert clip.encode("a photo of a cat!") == [320, 1125, 539, 320, 2368, 256]
     assert (clip.bos, clip.eos, clip.comma) == (49406, 49407, 267)
-    assert not clip.closed
+    assert clip.unknown("a flibbertigibbet") == []
 
 
 def test_decoding_names_what_was_encoded(clip: Tokenizer) -> None:
@@ -91,12 +91,20 @@ def write(folder: Path, vocab: object = SMALL, merges: list[str] = SMALL_MERGES)
     return folder
 
 
-def test_a_closed_vocabulary_names_the_words_it_does_not_know_and_those_it_knows(tmp_path: Path) -> None:
+def test_a_small_vocabulary_names_the_words_it_cannot_spell_and_those_it_knows(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write(tmp_path))
-    assert tokenizer.closed
     assert tokenizer.encode("Red  red") == [4, 4]
     with pytest.raises(RequestError, match=r"does not know 'dragon', '\.'; it knows red$"):
         tokenizer.encode("red dragon. dragon")
+
+
+def test_a_small_vocabulary_names_the_words_it_can_only_spell(tmp_path: Path) -> None:
+    symbols = [*byte_symbols(), *(symbol + "</w>" for symbol in byte_symbols()), "re", "red</w>", BOS, EOS]
+    vocab = {symbol: id for id, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer.load(write(tmp_path, vocab, SMALL_MERGES))
+    assert tokenizer.words == ["red"]
+    assert tokenizer.unknown("A red, Deer, 猫 ... red deer 12") == ["deer", "猫"]
+    assert tokenizer.decode(tokenizer.encode("A red, Deer 猫")) == "a red , deer 猫"
 
 
 @pytest.mark.parametrize(
