@@ -285,10 +285,10 @@ def _diffusers_unet_key(key: str) -> str:
         joined = ".".join(rest[:-1])
         return f"{inner[joined]}.{rest[-1]}"
 
-    if words[0] == "time_embed":
-        return f"time_embedding.linear_{1 if words[1] == '0' else 2}.{words[2]}"
-    if words[0] == "out":
-        return f"{'conv_norm_out' if words[1] == '0' else 'conv_out'}.{words[2]}"
+    single = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
+    single |= {"out.0": "conv_norm_out", "out.2": "conv_out"}
+    if ".".join(words[:-1]) in single:
+        return f"{single['.'.join(words[:-1])]}.{words[-1]}"
     if words[0] == "middle_block":
         i = int(words[1])
         rest = words[2:]
