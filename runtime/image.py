@@ -29,7 +29,7 @@ White = Literal["change", "keep"]
 Source = Path | str | Image.Image | NDArray[Any]
 Box = tuple[float, float, float, float]
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs another program
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs another program
 BACKGROUND = (255, 255, 255)  # what shows through a transparent picture; A1111's default
 # Pillow's decoders answer a damaged file with any of these.
 _DAMAGED = (
