@@ -134,7 +134,10 @@ def group_norm(w: Scope, x: Var, groups: int, *, eps: float, flat: bool = False)
     variance = mb.reduce_mean(x=mb.square(x=x, name=w.op("square")), axes=axes, keep_dims=True, name=w.op("variance"))
     deviation = mb.sqrt(x=mb.add(x=variance, y=np.float16(eps), name=w.op("eps")), name=w.op("deviation"))
     x = mb.real_div(x=x, y=deviation, name=w.op("normal"))
-    x = mb.reshape(x=x, shape=(batch, channels, *spatial), name=w.op("flat"))
+    x = mb.reshape(x=x, shape=(batch, channels, *spatial), name=w.op("ungrouped"))
+    if flat:  # batch_norm is for images
+        x = mb.mul(x=x, y=w("weight", (1, channels, 1)), name=w.op("scaled"))
+        return mb.add(x=x, y=w("bias", (1, channels, 1)), name=w.op())
     return mb.batch_norm(
         x=x,
         mean=np.zeros(channels, np.float16),

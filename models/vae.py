@@ -10,7 +10,7 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Program
 
 from glassine.models.attention import attention as attend
-from glassine.models.attention import to_image
+from glassine.models.attention import to_image, to_tokens
 from glassine.models.config import Attention, Layout, VAEConfig
 from glassine.models.layers import Scope, Var, Weights, build, conv, group_norm, resnet, upsample
 
@@ -114,9 +114,9 @@ def _middle(w: Scope, x: Var, groups: int) -> Var:
 def _attention(w: Scope, x: Var, groups: int) -> Var:
     """Self-attention with one head over all cells, added to its input."""
     image, (batch, channels, height, width) = x, x.shape
-    x = group_norm(w / "group_norm", x, groups, eps=EPS, flat=True)
+    x = group_norm(w / "group_norm", x, groups, eps=EPS, flat=not w.channels_first)
     if w.channels_first:
-        tokens = mb.expand_dims(x=x, axes=[2])
+        tokens = to_tokens(w, x)
         x = to_image(w, attend(w, tokens, tokens, heads=1, bias=True), height=height, width=width)
     else:
         tokens = mb.transpose(x=x, perm=[0, 2, 1], name=w.op("tokens"))
