@@ -96,15 +96,20 @@ def preview(latents: Float, matrix: Float = SD1_PREVIEW) -> Bytes:
     return np.asarray(Image.fromarray(small).resize((width * CELL, height * CELL), Image.Resampling.BILINEAR))
 
 
-def fit_preview(latents: Float, pixels: Bytes) -> Float:
-    """Return the (5, 3) matrix for `preview` that fits a pair of latents (1, 4, h, w) and pixels (8h, 8w, 3) best.
+def measure_preview(predict: Predict, *, height: int, width: int, latent_scale: float) -> Float:
+    """Return the (5, 3) matrix for `preview` of a VAE that is not Stable Diffusion 1's: decode patches, and fit.
 
-    For a VAE whose latents are not Stable Diffusion 1's: decode once, and fit.
+    One decoding of random patches of 4x4 cells, which is what a decoder turns into plain colours.
+
+    Args:
+        predict, latent_scale: as `decode_latents`. height, width: h and w of the latents.
     """
-    height, width = latents.shape[2:]
-    cells = pixels.reshape(height, CELL, width, CELL, 3).mean(axis=(1, 3)).reshape(-1, 3) / 127.5 - 1
-    rows = np.concatenate([latents[0].reshape(latents.shape[1], -1), np.ones((1, height * width), np.float32)])
-    return np.asarray(np.linalg.lstsq(rows.T.astype(np.float64), cells, rcond=None)[0], np.float32)
+    patches = np.random.default_rng(0).normal(0, 0.7, (1, 4, -(-height // 4), -(-width // 4)))
+    latents = patches.repeat(4, axis=2).repeat(4, axis=3)[:, :, :height, :width].astype(np.float32)
+    pixels = decode_latents(predict, latents, latent_scale=latent_scale)
+    colours = pixels.reshape(height, CELL, width, CELL, 3).mean(axis=(1, 3)).reshape(-1, 3) / 127.5 - 1
+    rows = np.concatenate([latents[0].reshape(4, -1), np.ones((1, height * width))]).T
+    return np.asarray(np.linalg.lstsq(rows, colours, rcond=None)[0], np.float32)
 
 
 def _grown(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:

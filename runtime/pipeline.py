@@ -42,7 +42,7 @@ from glassine.runtime.metadata import text_chunks
 from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.request import DEFAULT_STRENGTH, Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
-from glassine.runtime.schedule import NoiseSchedule, last_steps, make_sigmas
+from glassine.runtime.schedule import NoiseSchedule, Sigmas, last_steps, make_sigmas
 from glassine.runtime.tokenizer import Tokenizer
 
 Float = NDArray[np.float32]
@@ -222,14 +222,13 @@ class Run:
         self._latents: Float | None = None
         start = time.perf_counter()
         self._sampler = choose_sampler(request)
-        spacing = request.spacing if request.spacing is not None else self._sampler.spacing
-        self._sigmas = make_sigmas(pipe.schedule, request.steps, spacing)
+        self._sigmas = sigmas_of(pipe.schedule, request)
         self._source: Float | None = None
         if inputs.image is not None:
             self._sigmas = last_steps(self._sigmas, request.strength)
             self._source = pipe.source_latents(inputs.image)
         scheduled = len(self._sigmas) - 1
-        self.n = self._table(scheduled)
+        self.n = self._table()
         self.steps = scheduled if self.n is None else int(self.n.max())
         self._denoiser, self.notices = self._prepare_denoiser()
         self._generator = self._draw()
@@ -293,12 +292,12 @@ class Run:
             self._evaluations = step.evaluations
             yield step
 
-    def _table(self, scheduled: int) -> NDArray[np.int64] | None:
+    def _table(self) -> NDArray[np.int64] | None:
         """The n-table of the change map."""
         if self._inputs.change_map is None:
             return None
         cells = to_cells(self._inputs.change_map)
-        return n_table(cells, self._sigmas, self.request.rule, total=self.request.steps)
+        return n_table(cells, self._sigmas, self.request.rule, total=self.request.steps, schedule=self._pipe.schedule)
 
     def _prepare_denoiser(self) -> tuple[Denoiser, tuple[str, ...]]:
         """The UNet with both prompts, and what there is to say about them and about the input files."""
@@ -375,6 +374,12 @@ def choose_sampler(request: Request) -> Sampler:
         raise RequestError(f"sampler is {request.sampler!r}, expected one of {', '.join(SAMPLERS)}")
     sampler = SAMPLERS[request.sampler]
     return sampler if request.eta is None else sampler.using(eta=request.eta)
+
+
+def sigmas_of(schedule: NoiseSchedule, request: Request) -> Sigmas:
+    """Return the noise levels of a request at full strength: (steps + 1,), in its spacing or its sampler's own."""
+    spacing = request.spacing if request.spacing is not None else choose_sampler(request).spacing
+    return make_sigmas(schedule, request.steps, spacing)
 
 
 def _remember(memory: OrderedDict[object, T], key: object, make: Callable[[], T]) -> T:

@@ -100,9 +100,7 @@ def compiled_model(package: Path, scratch: Path) -> Path:
 def _coreml_models(package: Path) -> Any:
     """Return `coremltools.models` where it can reach Core ML (or its stand-in, in tests)."""
     if sys.platform != "darwin" and "coremltools.libcoremlpython" not in sys.modules:
-        raise EngineError(
-            f"{package}: Core ML runs on macOS only, this is {sys.platform}; use --engine portable"
-        )
+        raise EngineError(f"{package}: Core ML runs on macOS only, this is {sys.platform}; use --engine portable")
     import coremltools.models
 
     return coremltools.models

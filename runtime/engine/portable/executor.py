@@ -81,7 +81,7 @@ class Executable:
             if self.numerics.rounds and isinstance(value, Tensor) and self._types[name].dtype == "float16":
                 value = self.numerics.round(value, operation=f"input {name!r}")
             environment[slot] = value
-        with torch.inference_mode():
+        with torch.inference_mode(), self.numerics.exact():
             self._plan.run(environment)
         return {
             name: environment[slot] for name, slot in zip(self.function.body.outputs, self._plan.outputs, strict=True)

@@ -11,6 +11,7 @@ Integers are exact in both. Types PyTorch cannot compute with are held in the ne
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,12 @@ class Numerics:
 
     device: torch.device
     rounds: bool
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Return a context in which float32 is float32: cuDNN convolves in TF32 by default, 10 bits of mantissa."""
+        if self.device.type == "cuda":
+            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # type: ignore[no-any-return]
+        return nullcontext()
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the PyTorch dtype that holds a MIL dtype ("float16", or "fp16" as `cast` says it).

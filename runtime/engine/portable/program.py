@@ -197,6 +197,8 @@ def read_package(package: Path | str) -> Program:
 
 
 def _model_path(package: Path) -> Path:
+    if package.is_file():
+        raise EngineError(f"{package}: expected an ML Program in an .mlpackage folder, got a single file")
     manifest = package / "Manifest.json"
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))

@@ -1,4 +1,9 @@
-"""Reading and writing at computed positions. Negative positions count from the end."""
+"""Reading and writing at computed positions.
+
+Up to iOS 16 negative positions count from the end, and one out of range is an error here. From iOS 17 on
+(`validate_indices` is given) such a position is an error if it is true; if it is false the result is undefined but
+safe: here the nearest cell.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +14,51 @@ from glassine.errors import EngineError
 from glassine.runtime.engine.portable.registry import op
 
 
-def positions(indices: Tensor, size: int) -> Tensor:
-    """Return indices as int64, negative ones counted from the end."""
+def positions(indices: Tensor, size: int, validate: bool | None) -> Tensor:
+    """Return indices as int64 positions on an axis of `size`."""
     indices = indices.long()
-    return torch.where(indices < 0, indices + size, indices)
+    wrapped = torch.where(indices < 0, indices + size, indices)
+    if validate is None:
+        return wrapped
+    if validate and bool(((indices < 0) | (indices >= size)).any()):
+        raise EngineError(f"an index is out of range: {indices.min()} to {indices.max()}, expected 0 to {size - 1}")
+    return wrapped.clamp(0, size - 1)
 
 
 @op("gather")
-def gather(x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
+def gather(
+    x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0, validate_indices: bool | None = None
+) -> Tensor:
     """Take whole slices along `axis`; the axes of `indices` replace it. The first `batch_dims` axes go in step."""
     axis %= x.ndim
-    index = positions(indices, x.shape[axis])
+    index = positions(indices, x.shape[axis], validate_indices)
     if batch_dims == 0:
         taken = x.index_select(axis, index.reshape(-1))
         return taken.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
     rows = x.flatten(0, batch_dims - 1) if batch_dims > 1 else x
     index = index.flatten(0, batch_dims - 1) if batch_dims > 1 else index
-    axis -= batch_dims - 1
-    taken = torch.stack([gather(row, i, axis - 1) for row, i in zip(rows, index, strict=True)])
+    old, axis = axis, axis - batch_dims + 1
+    taken = torch.stack([row.index_select(axis - 1, i.reshape(-1)) for row, i in zip(rows, index, strict=True)])
+    taken = taken.reshape(len(rows), *x.shape[batch_dims:old], *index.shape[1:], *x.shape[old + 1 :])
     return taken.reshape(*x.shape[:batch_dims], *taken.shape[1:])
 
 
 @op("gather_nd")
-def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False) -> Tensor:
+def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool | None = None) -> Tensor:
     """The last axis of `indices` is a position in x; after it, whole slices."""
     if batch_dims:
         rows, index = x.flatten(0, batch_dims - 1), indices.flatten(0, batch_dims - 1)
-        taken = torch.stack([gather_nd(row, i) for row, i in zip(rows, index, strict=True)])
+        taken = torch.stack([gather_nd(row, i, 0, validate_indices) for row, i in zip(rows, index, strict=True)])
         return taken.reshape(*x.shape[:batch_dims], *taken.shape[1:])
-    return x[tuple(positions(part, size) for part, size in zip(indices.unbind(-1), x.shape, strict=False))]
+    return x[
+        tuple(positions(part, size, validate_indices) for part, size in zip(indices.unbind(-1), x.shape, strict=False))
+    ]
 
 
 @op("gather_along_axis")
-def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False) -> Tensor:
+def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool | None = None) -> Tensor:
     """Take single elements along `axis`; `indices` has the rank of x."""
-    return torch.take_along_dim(x, positions(indices, x.shape[axis]), axis)
+    return torch.take_along_dim(x, positions(indices, x.shape[axis], validate_indices), axis)
 
 
 @op("scatter")
@@ -53,11 +68,11 @@ def scatter(
     updates: Tensor,
     axis: int = 0,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = None,
 ) -> Tensor:
     """Write whole slices along `axis`."""
     axis %= data.ndim
-    index = positions(indices, data.shape[axis])
+    index = positions(indices, data.shape[axis], validate_indices)
     # The axes of `indices` stand at `axis` in `updates`: bring both to the front.
     target = data.movedim(axis, 0).clone()
     source = updates.movedim(tuple(range(axis, axis + index.ndim)), tuple(range(index.ndim)))
@@ -71,20 +86,22 @@ def scatter_along_axis(
     updates: Tensor,
     axis: int = 0,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = None,
 ) -> Tensor:
     """Write single elements along `axis`; `indices` has the rank of data."""
     index = list(torch.meshgrid([torch.arange(n, device=data.device) for n in indices.shape], indexing="ij"))
-    index[axis] = positions(indices, data.shape[axis])
+    index[axis] = positions(indices, data.shape[axis], validate_indices)
     return _combine(data.clone(), tuple(index), updates, mode)
 
 
 @op("scatter_nd")
 def scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: bool = False
+    data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add", validate_indices: bool | None = None
 ) -> Tensor:
     """The last axis of `indices` is a position in data; after it, whole slices."""
-    index = tuple(positions(part, size) for part, size in zip(indices.unbind(-1), data.shape, strict=False))
+    index = tuple(
+        positions(part, size, validate_indices) for part, size in zip(indices.unbind(-1), data.shape, strict=False)
+    )
     return _combine(data.clone(), index, updates, mode)
 
 
