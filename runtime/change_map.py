@@ -29,7 +29,9 @@ Pooling = Literal["max", "mean"]
 Map = NDArray[np.float32]
 
 CELL = 8  # pixels a side of what one latent cell shows
-_TINY = 1e-6  # 0.3 of 10 steps is 3 steps, also where 0.3 * 10 comes out as 3.0000001
+# 0.3 of 10 steps is 3 steps, also where 0.3 * 10 comes out as 3.0000001: more than float32 maps err by up to 300 steps,
+# less than the tones of 16-bit maps lie apart (1.5e-5).
+_TINY = 1e-5
 
 
 def to_cells(change: NDArray[np.floating[Any]], pooling: Pooling = "max") -> Map:

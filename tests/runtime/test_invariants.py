@@ -1,11 +1,12 @@
-"""What must hold for every sampler and every change map, to the last bit where the number is 0; and six ways to break it.
+"""What must hold for every sampler and every change map, to the last bit where the number is 0; six ways to break it.
 
-The denoisers are analytic; `mixing` lets neighbours see each other, as attention and convolutions do. Each invariant is a
-function that returns the largest deviation, so that the mutations at the end can be shown to trip it.
+The denoisers are analytic; `mixing` lets neighbours see each other, as attention and convolutions do. Some invariants
+are functions that return the largest deviation, so that the mutations at the end can be shown to trip them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -220,7 +221,7 @@ def test_8_frozen_states_are_the_noised_source(name: str, change: np.ndarray) ->
 @pytest.mark.parametrize("rule", ["scale", "cap", "authors", "time"])
 @pytest.mark.parametrize("spacing", ["karras", "linspace", "trailing"])
 def test_9_frozen_sets_are_nested(rule: str, spacing: str) -> None:
-    """More change never means fewer evaluations, cell by cell; so the frozen sets of two maps are nested at every step."""
+    """More change never means fewer evaluations; so the frozen sets of two maps are nested at every step."""
     tones = np.linspace(0, 1, 1001)[None]
     sigmas = make_sigmas(STABLE_DIFFUSION, STEPS, spacing)
     n = n_table(tones, sigmas, rule, total=30)[0, 0, 0]
@@ -228,7 +229,7 @@ def test_9_frozen_sets_are_nested(rule: str, spacing: str) -> None:
     assert n[-1] == STEPS
     release = STEPS - n
     sets = [set(np.flatnonzero(i <= release).tolist()) for i in range(STEPS + 1)]
-    assert all(later <= earlier for earlier, later in zip(sets, sets[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(sets))
 
 
 @EVERY
