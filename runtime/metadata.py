@@ -27,7 +27,8 @@ from glassine.errors import RequestError
 
 FORMAT_VERSION = 1
 KEYWORD = "glassine"
-_LONGEST = 1 << 20  # characters of a text chunk that is read
+PARAMETERS = "parameters"
+_LONGEST = {KEYWORD: 1 << 20, PARAMETERS: 1 << 16}  # characters that are read
 
 SAMPLER_NAMES = {
     "ddim": "DDIM",
@@ -102,7 +103,7 @@ def text_chunks(
         "inputs": {role: dict(file) for role, file in inputs.items()},
     }
     return {
-        "parameters": parameters_text(request, version=version, size=size, model=model, has_image="image" in inputs),
+        PARAMETERS: parameters_text(request, version=version, size=size, model=model, has_image="image" in inputs),
         KEYWORD: json.dumps(record, ensure_ascii=False, allow_nan=False),
     }
 
@@ -142,20 +143,20 @@ def read_record(path: Path) -> Record:
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            text = {key: str(image.info[key]) for key in (KEYWORD, "parameters") if key in image.info}
+            text = {key: str(image.info[key]) for key in _LONGEST if key in image.info}
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path}: cannot be read ({error}); expected a PNG drawn by Glassine or A1111") from None
     for key, value in text.items():
-        if len(value) > _LONGEST:
-            raise RequestError(f"{path}: its {key} text has {len(value)} characters, expected at most {_LONGEST}")
+        if len(value) > _LONGEST[key]:
+            raise RequestError(f"{path}: its {key} text has {len(value)} characters, expected at most {_LONGEST[key]}")
     if KEYWORD in text:
         return _parse_own(path, text[KEYWORD])
-    if "parameters" in text:
-        return parse_parameters(text["parameters"], name=str(path))
+    if PARAMETERS in text:
+        return parse_parameters(text[PARAMETERS], name=str(path))
     raise RequestError(
-        f"{path}: holds no settings (no {KEYWORD} or parameters text); expected a PNG as Glassine or A1111 saved it"
+        f"{path}: holds no settings (no {KEYWORD} or {PARAMETERS} text); expected a PNG as Glassine or A1111 saved it"
     )
 
 
@@ -206,7 +207,8 @@ def file_sha256(path: Path) -> str:
 
 
 _NEGATIVE = "Negative prompt:"
-_FIELD = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# Bounded, so that hostile text takes no more than seconds.
+_FIELD = re.compile(r'(\w[\w \-/]{1,80}): *("(?:\\.|[^\\"]){1,8000}"|[^,]*)(?:,|$)')
 _NUMBERS: dict[str, tuple[str, type[int] | type[float]]] = {
     "Steps": ("steps", int),
     "CFG scale": ("guidance_scale", float),
