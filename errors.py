@@ -1,12 +1,12 @@
 """The errors Glassine raises on purpose.
 
-    GlassineError            exit code 1; the message says what, where, expected, got and what to do next
-    ├── CheckpointError      a weights file that cannot be read or trusted
-    ├── ConversionError      weights that do not fit the network: missing, left over, wrong shape, not finite
-    ├── PackageError         a model folder or .mlpackage that is missing, unfinished, damaged or in the way
-    ├── EngineError          a package that cannot be run, or was called with the wrong inputs
-    ├── RequestError         a prompt, picture, map or setting that cannot be drawn with
-    └── MissingDependency    an optional library is not installed; the message names the extra
+GlassineError            exit code 1; the message says what, where, expected, got and what to do next
+├── CheckpointError      a weights file that cannot be read or trusted
+├── ConversionError      weights that do not fit the network: missing, left over, wrong shape, not finite
+├── PackageError         a model folder or .mlpackage that is missing, unfinished, damaged or in the way
+├── EngineError          a package that cannot be run, or was called with the wrong inputs
+├── RequestError         a prompt, picture, map or setting that cannot be drawn with
+└── MissingDependency    an optional library is not installed; the message names the extra
 """
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from glassine.runtime.engine import EngineOptions
+from glassine.runtime.fan import columns, fan_map
 from glassine.runtime.image import save_png
 from glassine.runtime.pipeline import Pipeline
 
@@ -99,10 +100,11 @@ def draw_inpaint(pipe: Pipeline, panels: list[Panel]) -> list[Panel]:
 
 def draw_fan(pipe: Pipeline, panels: list[Panel]) -> list[Panel]:
     """The first picture in columns, each with more strength than the one before."""
-    source = panels[0].pixels
+    width, height = pipe.size
 
     def draw() -> NDArray[np.uint8]:
-        return pipe(OTHER, image=source, change_map="fan:8", seed=SEED, output="numpy")
+        fan = fan_map(columns(width, 8), height)
+        return pipe(OTHER, image=panels[0].pixels, change_map=fan, seed=SEED + 1, output="numpy")
 
     return [_timed("fan", f'strength fan, 0 to 1: "{OTHER}"', draw)]
 

@@ -156,17 +156,22 @@ def show_map(image: Path, out: Path, size: tuple[tuple[int, int], ...], as_json:
     from glassine.runtime.change_map import n_table, render, to_cells
     from glassine.runtime.image import check_output, read_picture, save_png
     from glassine.runtime.inputs import read_inputs
+    from glassine.runtime.pipeline import sigmas_of
+    from glassine.runtime.request import Request
+    from glassine.runtime.schedule import STABLE_DIFFUSION, last_steps
 
     check_output(out, overwrite=asked["overwrite"])
     settings, image_path, maps = drawing_of("", {**asked, "image": image})
     if maps.source is None:
         raise click.UsageError("give --map or --mask")
+    request = Request.from_dict(settings)
     width, height = size[0] if size else read_picture(image).size
-    inputs = read_inputs(image_path, maps, width // 8 * 8, height // 8 * 8, fit=settings.get("fit", "crop"))
+    inputs = read_inputs(image_path, maps, width // 8 * 8, height // 8 * 8, fit=request.fit)
     for notice in inputs.notices:
         say(f"note: {notice}")
-    table = n_table(to_cells(inputs.change_map), steps=asked["steps"], rule=settings.get("rule", "scale"))
-    save_png(out, render(table, asked["steps"], inputs.pixels), overwrite=asked["overwrite"])
+    sigmas = last_steps(sigmas_of(STABLE_DIFFUSION, request), request.strength)
+    table = n_table(to_cells(inputs.change_map), sigmas, request.rule, total=request.steps)
+    save_png(out, render(table, len(sigmas) - 1, inputs.pixels), overwrite=asked["overwrite"])
     give({"path": str(out), "evaluations": int(table.max())}, str(out), as_json)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ import click
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_sizes, say
 
 if TYPE_CHECKING:
-    pass
+    from glassine.runtime.engine.portable.program import Function
+    from glassine.runtime.engine.portable.summary import Summary
 
 
 @click.command()
@@ -97,15 +99,35 @@ def inspect(model: Path, as_json: bool) -> None:
     from glassine.runtime.engine.portable.summary import summarise
 
     if model.suffix == ".mlpackage":
-        packages = {model.stem: model}
+        packages, about = {model.stem: model}, {}
     else:
-        packages = {role: model / part.file for role, part in Manifest.read(model).parts.items()}
-    summaries = {role: summarise(read_package(package)) for role, package in packages.items()}
+        manifest = Manifest.read(model)
+        packages = {role: model / part.file for role, part in manifest.parts.items()}
+        about = {key: value for key, value in dataclasses.asdict(manifest).items() if key not in ("parts", "versions")}
+    programs = {role: read_package(package) for role, package in packages.items()}
+    summaries = {role: summarise(program) for role, program in programs.items()}
     if as_json:
-        give({role: dataclasses.asdict(summary) for role, summary in summaries.items()}, "", True)
+        parts = {role: dataclasses.asdict(summary) for role, summary in summaries.items()}
+        give({"model": about, "parts": parts}, "", True)
         return
-    for role, summary in summaries.items():
-        click.echo(describe(role, packages[role], summary))
+    if about:
+        click.echo(
+            "{name}: {family}, {prediction_type}, {width}x{height}, batch {batch}, {tokens} tokens".format(**about)
+        )
+    for role, package in packages.items():
+        click.echo("\n".join(describe(f"{role} ({package.name})", programs[role].function(), summaries[role])))
+
+
+def describe(name: str, function: Function, summary: Summary) -> list[str]:
+    """Lay out one package for reading: its size, then inputs, outputs and operations."""
+    stored = ", ".join(f"{size / 1e6:,.1f} MB {dtype}" for dtype, size in summary.weight_bytes.items())
+    flops = f"{summary.flops / 1e9:,.1f} GFLOP" + (" and more of unknown shape" if summary.unsized else "")
+    lines = [f"\n{name}: {summary.parameters / 1e6:,.2f} M parameters, {stored}, {flops}, {summary.precision}"]
+    for side, features in (("in", function.inputs), ("out", function.outputs)):
+        lines += [f"  {side:4} {feature.name:24} {feature.shape} {feature.dtype}" for feature in features]
+    counts = ", ".join(f"{operation} {count}" for operation, count in summary.operations.items())
+    lines += textwrap.wrap(counts, 110, initial_indent="  ops  ", subsequent_indent="       ")
+    return lines
 
 
 @click.command()
