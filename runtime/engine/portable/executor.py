@@ -25,6 +25,7 @@ from glassine.errors import EngineError, GlassineError
 from glassine.runtime.engine.contract import Precision, Realised, TensorSpec, check_inputs
 from glassine.runtime.engine.portable import ops as _ops  # noqa: F401 - registers the kernels
 from glassine.runtime.engine.portable.constants import Constants
+from glassine.runtime.engine.portable.fusion import fuse
 from glassine.runtime.engine.portable.numerics import Numerics, open_device
 from glassine.runtime.engine.portable.ops.constexpr import DECOMPRESS
 from glassine.runtime.engine.portable.program import Block, Constant, Function, Operation, Program, read_package
@@ -68,7 +69,7 @@ class Executable:
         self.numerics = numerics
         require_kernels(program, function)
         compiler = _Compiler(program, function, numerics)
-        self._plan = compiler.compile(function.body)
+        self._plan = compiler.compile(function.body if numerics.rounds else fuse(function.body))
         self._initial = compiler.initial
         self._names = tuple(variable.name for variable in function.body.inputs)
         self._types = {variable.name: variable.type for variable in function.body.inputs}
