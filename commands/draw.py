@@ -153,9 +153,10 @@ def show_map(image: Path, out: Path, size: tuple[tuple[int, int], ...], as_json:
       glassine map --image street.png --map depth.png --steps 20 -o plan.png
       glassine map --image street.png --mask door.png --softness 24
     """
-    from glassine.runtime.change_map import n_table, render, to_cells
+    from glassine.runtime.change_map import n_table, to_cells
     from glassine.runtime.image import check_output, read_picture, save_png
     from glassine.runtime.inputs import read_inputs
+    from glassine.runtime.map_picture import render
     from glassine.runtime.pipeline import sigmas_of
     from glassine.runtime.request import Request
     from glassine.runtime.schedule import STABLE_DIFFUSION, last_steps

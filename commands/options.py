@@ -17,10 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # The names of the registries, spelled out so that --help imports neither NumPy nor the samplers; a test compares them.
 SAMPLERS = (
-    "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde",
-    "dpmpp_sde", "unipc", "pndm", "lcm", "tcd",
+    "ddim", "euler", "euler_a", "heun", "dpm2", "dpm2_a", "lms", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun",
+    "dpmpp_3m_sde", "dpmpp_sde", "dpmpp_2s_a", "unipc", "pndm", "lcm", "tcd",
 )  # fmt: skip
-SPACINGS = ("linspace", "leading", "trailing", "karras", "exponential", "ays")
+SPACINGS = (
+    "linspace", "leading", "trailing", "rounded", "sgm_uniform", "karras", "exponential", "kl_optimal", "ays", "ays_xl",
+    "lcm",
+)  # fmt: skip
 RULES = ("scale", "cap", "authors", "time")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
