@@ -1,4 +1,4 @@
-"""glassine.json: what a converted folder holds. The converter writes it, the runtime reads it, apart from each other."""
+"""glassine.json: what a converted folder holds. Written by the converter, read by the runtime."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ class Scheduler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A converted model: sizes in pixels, `batch` rows and `tokens` per UNet call, parts by role."""
+    """A converted model: sizes in pixels, `batch` rows and `tokens` per UNet call.
+
+    parts: by role ("text_encoder", "unet", "vae_decoder", "vae_encoder"), and for every size beyond the first by role
+    and size ("unet_768x512").
+    """
 
     name: str
     family: str
@@ -62,6 +66,18 @@ class Manifest:
     scheduler: Scheduler = field(default_factory=Scheduler)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) in pixels of every size there is a UNet for, the model's own first."""
+        further = (key.partition("_")[2].split("x") for key in self.parts if key.startswith("unet_"))
+        return ((self.width, self.height), *((int(width), int(height)) for width, height in further))
+
+    def part(self, role: str, size: tuple[int, int]) -> Part | None:
+        """Return the part that plays `role` at `size`, or None; the text encoder serves all sizes."""
+        if size == (self.width, self.height) or role == "text_encoder":
+            return self.parts.get(role)
+        return self.parts.get(f"{role}_{size[0]}x{size[1]}")
 
     def write(self, folder: Path) -> None:
         """Write glassine.json into `folder`."""
@@ -82,7 +98,7 @@ class Manifest:
             raise PackageError(
                 f"{folder}: no {FILE_NAME} here; expected a folder made by 'glassine convert CHECKPOINT FOLDER'"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PackageError(f"{path}: cannot be read ({error}); convert the model again") from None
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
@@ -92,7 +108,13 @@ class Manifest:
             )
         try:
             parts = {role: _part(part) for role, part in raw.pop("parts").items()}
-            return cls(parts=parts, scheduler=Scheduler(**raw.pop("scheduler")), **raw)
+            manifest = cls(parts=parts, scheduler=Scheduler(**raw.pop("scheduler")), **raw)
+            numbers = (manifest.width, manifest.height, manifest.batch, manifest.tokens, manifest.clip_skip)
+            if not all(type(number) is int and number > 0 for number in numbers):
+                raise ValueError(f"width, height, batch, tokens and clip_skip are {numbers}, not positive integers")
+            if not manifest.sizes or type(manifest.latent_scale) is not float:
+                raise ValueError(f"latent_scale is {manifest.latent_scale!r}")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackageError(f"{path}: not a valid manifest ({error}); convert the model again") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,8 +17,9 @@ from glassine.commands.options import (
     engine_options,
     give,
     map_options,
+    model_size,
     overwrite,
-    read_sizes,
+    read_size,
     sampling_options,
     say,
     settings_of,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @sampling_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures; each has the next seed.")
 @click.option("--from", "replay", type=FILE, help="Draw again what this PNG says; other options change it.")
+@model_size
 @click.option("--preview", type=FILE, help="Write a rough preview to this PNG after every step.")
 @overwrite
 @engine_options
@@ -57,17 +59,18 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
     from glassine.runtime.image import check_output, save_png
     from glassine.runtime.pipeline import Pipeline
 
-    settings, image, maps = drawing_of(prompt, asked)
-    if "seed" not in settings:
-        settings["seed"] = secrets.randbelow(2**32)
-        say(f"seed {settings['seed']}")
-    requests = [{**settings, "seed": settings["seed"] + index} for index in range(count)]
+    drawing = drawing_of(prompt, asked)
+    seed = drawing.settings.get("seed")
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        say(f"seed {seed}")
+    requests = [{**drawing.settings, "seed": seed + index} for index in range(count)]
     paths = [output_of(out, request["seed"], count) for request in requests]
     for path in paths:
         check_output(path, overwrite=asked["overwrite"])
-    with Pipeline.load(model, engine_of(asked)) as pipe:
+    with Pipeline.load(model, engine_of(asked), size=drawing.size) as pipe:
         for path, request in zip(paths, requests, strict=True):
-            result = draw(pipe, request, image, maps, asked["preview"])
+            result = draw(pipe, request, drawing, asked["preview"])
             save_png(
                 path, result.pixels, text=result.text, icc_profile=result.icc_profile, overwrite=asked["overwrite"]
             )
@@ -75,18 +78,29 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
             give({**report, "seconds": result.seconds, "notices": result.notices}, str(path), as_json)
 
 
-def drawing_of(prompt: str | None, asked: dict[str, Any]) -> tuple[dict[str, Any], Path | None, MapSource]:
-    """Settings, source picture and map of a drawing: from the options, over what --from recorded."""
+class Drawing(NamedTuple):
+    """What to draw: settings, source picture, its map, and the size if one was said."""
+
+    settings: dict[str, Any]
+    image: Path | None
+    maps: MapSource
+    size: tuple[int, int] | None
+
+
+def drawing_of(prompt: str | None, asked: dict[str, Any]) -> Drawing:
+    """Read what to draw from the options, over what --from recorded."""
     from glassine.runtime.inputs import MapSource, replayed_inputs
     from glassine.runtime.metadata import read_record
     from glassine.runtime.request import DEFAULT_STRENGTH
 
-    settings = settings_of(asked)
+    settings, image, size = settings_of(asked), asked["image"], asked["size"]
     if prompt is not None:
         settings["prompt"] = prompt
-    image, white = asked["image"], asked["map_white"]
     maps = MapSource(
-        map=asked["change_map"], mask=asked["mask"], softness=asked["softness"] or 0.0, white=white or "change"
+        map=asked["change_map"],
+        mask=asked["mask"],
+        softness=asked["softness"] if asked["softness"] is not None else 0.0,
+        white=asked["map_white"] if asked["map_white"] is not None else "change",
     )
     if asked.get("replay") is not None:
         record = read_record(asked["replay"])
@@ -94,11 +108,12 @@ def drawing_of(prompt: str | None, asked: dict[str, Any]) -> tuple[dict[str, Any
             say(f"note: {notice}")
         settings = {**record.request, **settings}
         image, maps = replayed_inputs(record, asked["replay"].parent, image, maps)
+        size = record.size if size is None else size
     elif prompt is None:
         raise click.UsageError("give a PROMPT, or --from PICTURE.png to draw a picture again")
     if image is not None and maps.source is None:
         settings.setdefault("strength", DEFAULT_STRENGTH)
-    return settings, image, maps
+    return Drawing(settings, image, maps, size)
 
 
 def output_of(out: Path | None, seed: int, count: int) -> Path:
@@ -108,15 +123,14 @@ def output_of(out: Path | None, seed: int, count: int) -> Path:
     return out if count == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}")
 
 
-def draw(
-    pipe: Pipeline, settings: dict[str, Any], image: Path | None, maps: MapSource, preview: Path | None = None
-) -> Result:
+def draw(pipe: Pipeline, settings: dict[str, Any], drawing: Drawing, preview: Path | None = None) -> Result:
     """Draw one picture."""
     from glassine.runtime.inputs import read_inputs
     from glassine.runtime.request import Request
 
     request = Request.from_dict(settings)
-    return watch(pipe.run(request, read_inputs(image, maps, *pipe.size, fit=request.fit)), preview)
+    inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=request.fit)
+    return watch(pipe.run(request, inputs), preview)
 
 
 def watch(run: Run, preview: Path | None = None) -> Result:
@@ -139,11 +153,16 @@ def watch(run: Run, preview: Path | None = None) -> Result:
 @map_options
 @click.option("--steps", type=int, default=20, show_default=True, help="Denoising steps.")
 @click.option("--strength", type=float, default=1.0, show_default=True, help="As in generate.")
-@click.option("--size", callback=read_sizes, multiple=True, metavar="WxH", help="[default: the picture's]")
+@click.option(
+    "--size",
+    callback=lambda _, __, value: read_size(value) if value else None,
+    metavar="WxH",
+    help="[default: the picture's]",
+)
 @click.option("--out", "-o", type=FILE, default=Path("map.png"), show_default=True, help="The picture to write.")
 @overwrite
 @as_json
-def show_map(image: Path, out: Path, size: tuple[tuple[int, int], ...], as_json: bool, **asked: Any) -> None:
+def show_map(out: Path, as_json: bool, **asked: Any) -> None:
     """Show which part of a picture will change when.
 
     Draws the steps that each part of the picture takes part in over it; needs no model.
@@ -162,12 +181,12 @@ def show_map(image: Path, out: Path, size: tuple[tuple[int, int], ...], as_json:
     from glassine.runtime.schedule import STABLE_DIFFUSION, last_steps
 
     check_output(out, overwrite=asked["overwrite"])
-    settings, image_path, maps = drawing_of("", {**asked, "image": image})
-    if maps.source is None:
+    drawing = drawing_of("", asked)
+    if drawing.maps.source is None:
         raise click.UsageError("give --map or --mask")
-    request = Request.from_dict(settings)
-    width, height = size[0] if size else read_picture(image).size
-    inputs = read_inputs(image_path, maps, width // 8 * 8, height // 8 * 8, fit=request.fit)
+    request = Request.from_dict(drawing.settings)
+    width, height = drawing.size if drawing.size is not None else read_picture(asked["image"]).size
+    inputs = read_inputs(drawing.image, drawing.maps, width // 8 * 8, height // 8 * 8, fit=request.fit)
     for notice in inputs.notices:
         say(f"note: {notice}")
     sigmas = last_steps(sigmas_of(STABLE_DIFFUSION, request), request.strength)
@@ -184,6 +203,7 @@ def show_map(image: Path, out: Path, size: tuple[tuple[int, int], ...], as_json:
 @click.option("--exact", is_flag=True, help="One run a column, instead of one run whose columns see each other.")
 @click.option("--fit", type=click.Choice(["crop", "fit", "stretch"]), help="As in generate.  [default: crop]")
 @sampling_options
+@model_size
 @click.option("--out", "-o", type=FILE, default=Path("fan.png"), show_default=True, help="The picture to write.")
 @overwrite
 @engine_options
@@ -206,7 +226,7 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
 
     check_output(out, overwrite=asked["overwrite"])
     request = Request.from_dict({"seed": secrets.randbelow(2**32), **settings_of(asked), "prompt": prompt})
-    with Pipeline.load(model, engine_of(asked)) as pipe:
+    with Pipeline.load(model, engine_of(asked), size=asked["size"]) as pipe:
         strips = fans.columns(pipe.size[0], asked["columns"])
         inputs = read_inputs(image, MapSource(), *pipe.size, fit=request.fit)
         if exact:

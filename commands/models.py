@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_sizes, say
+from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 
 if TYPE_CHECKING:
     from glassine.runtime.engine.portable.program import Function
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     type=click.Choice(["unet", "vae", "vae_encoder", "vae_decoder", "text_encoder"]),
     help="Convert this part alone.",
 )
-@click.option("--size", "sizes", multiple=True, callback=read_sizes, metavar="WxH", help="Pixels; may be repeated.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    callback=lambda _, __, values: tuple(read_size(value) for value in values),
+    metavar="WxH",
+    help="Pixels; may be repeated.",
+)
 @click.option(
     "--batch",
     type=click.IntRange(1, 16),

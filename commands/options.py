@@ -42,6 +42,10 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+model_size = click.option(
+    "--size", callback=lambda _, __, value: read_size(value) if value is not None else None, metavar="WxH",
+    help="One of the model's sizes, in pixels.  [default: its first]",
+)  # fmt: skip
 engine_options = options(
     click.option("--engine", type=click.Choice(["auto", "coreml", "portable"]), default="auto", show_default=True,
                  help="auto: Core ML on a Mac, PyTorch elsewhere."),
@@ -121,12 +125,9 @@ def bar(words: str) -> Iterator[Callable[[float, float | None, str], None]]:
         yield lambda done, total, words: progress.update(task, completed=done, total=total, description=words)
 
 
-def read_sizes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Read sizes such as 512x512 (width x height)."""
-    sizes = []
-    for value in values:
-        width, cross, height = value.partition("x")
-        if not (cross and width.isdecimal() and height.isdecimal()):
-            raise click.BadParameter(f"{value!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 512x768")
-        sizes.append((int(width), int(height)))
-    return tuple(sizes)
+def read_size(value: str) -> tuple[int, int]:
+    """Read a size such as 512x768: width x height."""
+    width, cross, height = value.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter(f"{value!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 512x768")
+    return int(width), int(height)

@@ -78,9 +78,10 @@ class Result:
 class Pipeline:
     """A converted model folder and the engines that run its parts; use `load`, and close it or use `with`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, options: EngineOptions) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, options: EngineOptions, size: tuple[int, int]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.size = size
         self.schedule = NoiseSchedule(manifest.scheduler)
         self._options = options
         self._engines: dict[str, Engine] = {}
@@ -89,19 +90,28 @@ class Pipeline:
         self._sources: OrderedDict[object, Float] = OrderedDict()
 
     @classmethod
-    def load(cls, folder: Path | str, options: EngineOptions | None = None) -> Pipeline:
+    def load(
+        cls, folder: Path | str, options: EngineOptions | None = None, *, size: tuple[int, int] | None = None
+    ) -> Pipeline:
         """Open a folder made by `glassine convert`; its packages are loaded when they are first needed.
 
+        Args:
+            folder: the model.
+            options: how to run its packages.
+            size: (width, height) in pixels, one of those it was converted for; None is the first.
+
         Raises:
-            PackageError: the folder or its manifest is missing or damaged.
+            PackageError: the folder or its manifest is missing or damaged, or has no packages of this size.
         """
         folder = Path(folder)
-        return cls(folder, Manifest.read(folder), options if options is not None else EngineOptions())
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height in pixels: the packages have fixed shapes."""
-        return self.manifest.width, self.manifest.height
+        manifest = Manifest.read(folder)
+        size = manifest.sizes[0] if size is None else size
+        if size not in manifest.sizes:
+            raise PackageError(
+                f"{folder}: converted for {_spelled(*manifest.sizes)}, not for {_spelled(size)}; "
+                f"convert it again with --size {_spelled(size)} too"
+            )
+        return cls(folder, manifest, options if options is not None else EngineOptions(), size)
 
     def __call__(
         self,
@@ -150,12 +160,13 @@ class Pipeline:
             EngineError: its package cannot be loaded.
         """
         if role not in self._engines:
-            if role not in self.manifest.parts:
+            part = self.manifest.part(role, self.size)
+            if part is None:
                 raise PackageError(
                     f"{self.folder}: this model has no {role}, only {sorted(self.manifest.parts)}; "
                     "convert a whole checkpoint to draw with it"
                 )
-            self._engines[role] = open_engine(self.folder / self.manifest.parts[role].file, self._options)
+            self._engines[role] = open_engine(self.folder / part.file, self._options)
         return self._engines[role]
 
     def encode(self, text: str, request: Request) -> EncodedPrompt:
@@ -380,6 +391,10 @@ def sigmas_of(schedule: NoiseSchedule, request: Request) -> Sigmas:
     """Return the noise levels of a request at full strength: (steps + 1,), in its spacing or its sampler's own."""
     spacing = request.spacing if request.spacing is not None else choose_sampler(request).spacing
     return make_sigmas(schedule, request.steps, spacing)
+
+
+def _spelled(*sizes: tuple[int, int]) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
 
 
 def _remember(memory: OrderedDict[object, T], key: object, make: Callable[[], T]) -> T:
