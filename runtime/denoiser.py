@@ -222,11 +222,12 @@ class _Rows:
 
 def _denoised(prediction: Prediction, x: Array, output: NDArray[np.float32], sigma: float) -> Array:
     """x0 from what the network predicts: noise, velocity (Salimans and Ho 2022, arXiv 2202.00512) or x0 itself."""
+    predicted: Array = output.astype(x.dtype, copy=False)
     denoised: Array
     if prediction == "epsilon":
-        denoised = x - sigma * output
+        denoised = x - sigma * predicted
     elif prediction == "v_prediction":
-        denoised = x * (1 / (sigma**2 + 1)) - (sigma * (sigma**2 + 1) ** -0.5) * output
+        denoised = x * (1 / (sigma**2 + 1)) - (sigma * (sigma**2 + 1) ** -0.5) * predicted
     else:
-        denoised = output.astype(x.dtype, copy=True)
+        denoised = predicted.copy()  # the buffer of the next call
     return denoised
