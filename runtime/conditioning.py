@@ -7,20 +7,19 @@ fewer chunks is repeated or padded to it, and what exceeds it is cut and named i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError, RequestError
+from glassine.runtime.engine.contract import Predict
 from glassine.runtime.prompt import Span, parse_prompt, unsupported
+from glassine.runtime.request import Emphasis
 from glassine.runtime.tokenizer import Tokenizer
 
 Float = NDArray[np.float32]
-Predict = Callable[..., Mapping[str, NDArray[np.generic]]]
-Emphasis = Literal["original", "no_norm"]
 
 CHUNK = 77  # tokens of one call: start, TEXT tokens, end
 TEXT = 75

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from glassine.errors import EngineError
+from glassine.runtime.engine.contract import Predict
 from glassine.runtime.image import to_pixels
 
 Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Predict = Callable[..., Mapping[str, NDArray[np.generic]]]
 
 CELL = 8  # pixels a side of one latent cell
 

@@ -259,6 +259,7 @@ def _open(source: Source, name: str) -> tuple[Image.Image, str]:
         return _from_array(source, name), name
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # tags that mean nothing here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 return ImageOps.exif_transpose(source), name

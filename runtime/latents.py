@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError
+from glassine.runtime.engine.contract import Predict
 
 Float = NDArray[np.float32]
-Predict = Callable[..., Mapping[str, NDArray[np.generic]]]
 
 
 def encode_image(predict: Predict, image: Float, *, latent_scale: float, noise: Float | None = None) -> Float:

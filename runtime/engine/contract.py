@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,6 +17,7 @@ from glassine.errors import EngineError, MissingDependency, PackageError
 EngineName = Literal["auto", "coreml", "portable"]
 ComputeUnits = Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
 Precision = Literal["fp32", "fp16"]
+Predict = Callable[..., Mapping[str, NDArray[np.generic]]]  # `Engine.predict`, or what stands in for it
 
 
 @dataclass(frozen=True, slots=True)

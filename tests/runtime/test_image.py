@@ -82,11 +82,8 @@ def test_rgb_keeps_its_bytes(saved: Any) -> None:
     assert (picture.size, picture.alpha, picture.notices) == ((24, 16), None, ())
 
 
-def test_grey(saved: Any) -> None:
+def test_grey_and_one_bit(saved: Any) -> None:
     assert np.array_equal(read_picture(saved(Image.fromarray(GREY))).pixels, as_rgb(GREY))
-
-
-def test_one_bit(saved: Any) -> None:
     assert np.array_equal(read_picture(saved(Image.fromarray(GREY > 99))).pixels, as_rgb((GREY > 99) * np.uint8(255)))
 
 
@@ -497,11 +494,4 @@ def test_a_failed_save_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_full_disk_is_an_error_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", "wb"))  # noqa: SIM115
     with pytest.raises(RequestError, match=r"out\.png: cannot be written \(No space left on device\)"):
-        save_png(tmp_path / "out.png", RGB)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(RequestError, match="Permission denied"):
         save_png(tmp_path / "out.png", RGB)
