@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,36 @@ class Tensor:
         size = _ITEM_SIZES[self.dtype]
         stop = self.nbytes // size if stop is None else stop
         buffer = bytearray((stop - start) * size)
-        with self.path.open("rb", buffering=0) as file:
-            if os.preadv(file.fileno(), [buffer], self.offset + start * size) != len(buffer):
-                raise CheckpointError(f"{self.path}: the file became shorter while it was read")
+        with open_weights(self.path) as read:
+            read(memoryview(buffer), self.offset + start * size)
         return _decode(buffer, self.dtype)
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Callable[[memoryview, int], None]]:
+    """Give a function that fills a buffer with the bytes of `path` from an offset on.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends too early.
+    """
+
+    def read(buffer: memoryview, offset: int) -> None:
+        try:
+            file.seek(offset)
+            while buffer:
+                count = file.readinto(buffer)
+                if not count:
+                    raise CheckpointError(f"{path}: the file became shorter while it was read")
+                buffer = buffer[count:]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    with file:
+        yield read
 
 
 def _decode(buffer: bytearray, dtype: str) -> NDArray[np.floating[Any]]:

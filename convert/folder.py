@@ -1,16 +1,15 @@
-"""Checkpoint -> folder of packages: detect, write the graphs, check every weight, copy the weights, write what it is."""
+"""Checkpoint -> folder of packages: detect, write the graphs, check every weight, copy them, write down what it is."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from glassine import __version__
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
@@ -22,6 +21,9 @@ from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
 from glassine.manifest import FILE_NAME, Manifest, Part
 from glassine.models.config import Attention, Layout, Prediction
+
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Program
 
 Role = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 Size = tuple[int, int]
@@ -230,31 +232,40 @@ def _plan(
     return packages
 
 
-def _network(role: Role, detected: Detected, weights: Requests, size: Size, options: ConvertOptions) -> object:
+def _network(role: Role, detected: Detected, weights: Requests, size: Size, options: ConvertOptions) -> Program:
+    """Write the graph of one network; sizes are pixels here, latent cells inside."""
     from glassine.models.text_encoder import text_encoder
     from glassine.models.unet import unet
     from glassine.models.vae import vae_decoder, vae_encoder
 
-    family = detected.family
-    width, height = size
-    form = {"attention": options.attention, "layout": options.layout}
-    cells = {"height": height // 8, "width": width // 8}
+    family, (width, height) = detected.family, size
+    rows, columns = height // 8, width // 8
+    attention, layout = options.attention, options.layout
     if role == "text_encoder":
         return text_encoder(family.text_encoders[0], weights)
-    if options.attention == "split" and cells["height"] * cells["width"] > _LONGEST_AXIS:
+    if attention == "split" and rows * columns > _LONGEST_AXIS:
         raise ConversionError(
-            f"size {width}x{height}: attention over {cells['height'] * cells['width']} cells; the Neural Engine, for "
-            f"which --attention split is written, ends at {_LONGEST_AXIS}: use --attention einsum or sdpa"
+            f"size {width}x{height}: attention over {rows * columns} cells; the Neural Engine, for which "
+            f"--attention split is written, ends at {_LONGEST_AXIS}: use --attention einsum or sdpa"
         )
-    if role == "unet":
-        if options.tokens % family.text_encoders[0].tokens:
-            raise ConversionError(
-                f"tokens {options.tokens}: expected a multiple of the text encoder's {family.text_encoders[0].tokens}"
-            )
-        return unet(family.unet, weights, batch=options.batch, tokens=options.tokens, **cells, **form)
     if role == "vae_decoder":
-        return vae_decoder(family.vae, weights, **cells, **form)
-    return vae_encoder(family.vae, weights, height=height, width=width, **form)
+        return vae_decoder(family.vae, weights, height=rows, width=columns, attention=attention, layout=layout)
+    if role == "vae_encoder":
+        return vae_encoder(family.vae, weights, height=height, width=width, attention=attention, layout=layout)
+    if options.tokens % family.text_encoders[0].tokens:
+        raise ConversionError(
+            f"tokens {options.tokens}: expected a multiple of the text encoder's {family.text_encoders[0].tokens}"
+        )
+    return unet(
+        family.unet,
+        weights,
+        batch=options.batch,
+        height=rows,
+        width=columns,
+        tokens=options.tokens,
+        attention=attention,
+        layout=layout,
+    )
 
 
 def _check_all_used(
@@ -433,6 +444,6 @@ def _sha256(paths: tuple[Path, ...], stop: threading.Event) -> str:
     buffer = memoryview(bytearray(1 << 20))
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            while not stop.is_set() and (count := os.readv(file.fileno(), [buffer])):
+            while not stop.is_set() and (count := file.readinto(buffer)):
                 digest.update(buffer[:count])
     return digest.hexdigest()
