@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,6 +51,8 @@ def conv(
     """x (n, C_in, *D), weight (C_out, C_in / groups, *K) -> (n, C_out, *D_out)."""
     spatial = x.ndim - 2
     strides = strides or (1,) * spatial
+    if groups == 1 and pad_type == "valid" and max(*weight.shape[2:], *strides) == 1:
+        return _pointwise(x, weight.flatten(1), bias)
     dilations = dilations or (1,) * spatial
     windows = tuple((k - 1) * d + 1 for k, d in zip(weight.shape[2:], dilations, strict=True))
     padding = spatial_padding(pad_type, pad, tuple(x.shape[2:]), windows, strides)
@@ -57,6 +60,23 @@ def conv(
         x = pad_spatial(x, padding)
         padding = [(0, 0)] * spatial
     return _CONV[x.ndim](x, weight, bias, strides, [before for before, _ in padding], dilations, groups)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution as one matrix product a row: twice as fast as PyTorch's on a CPU (Apple's attention is made of
+    them), and indifferent to how x lies in memory.
+    """
+    tokens = x.flatten(2)  # (n, C_in, S)
+    if tokens.shape[2] == 1:
+        y = F.linear(tokens.squeeze(2), weight, bias)
+        return y.reshape(*y.shape, *[1] * (x.ndim - 2))
+    y = x.new_empty(x.shape[0], weight.shape[0], tokens.shape[2])
+    for row, out in zip(tokens, y, strict=True):
+        if bias is None:
+            torch.mm(weight, row, out=out)
+        else:
+            torch.addmm(bias.unsqueeze(1), weight, row, out=out)
+    return y.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 @op("conv_transpose")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from glassine.runtime.engine.portable.ops.transformers import attend
 from glassine.runtime.engine.portable.registry import Bools, Ints, op
 
 
@@ -22,13 +23,13 @@ def attention(
 ) -> Tensor:
     """Attend over (.., tokens, d); `transposed` says which of query, key, value and result are (.., d, tokens)."""
     q, k, v = (x.mT if turn else x for x, turn in zip((query, key, value), transposed, strict=False))
-    y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    y = attend(q, k, v, mask, scale)
     return y.mT if transposed[3] else y
 
 
 @op("glassine_split_attention")
 def split_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attend in the Neural Engine's layout: query and value (B, d, 1, tokens), key (B, tokens, 1, d)."""
-    q, k, v = query.squeeze(2).mT, key.squeeze(2), value.squeeze(2).mT
-    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return y.mT.unsqueeze(2)
+    # The third axis, of size 1, becomes the heads.
+    y = attend(query.permute(0, 2, 3, 1), key.movedim(2, 1), value.permute(0, 2, 3, 1), None, scale)
+    return y.permute(0, 3, 1, 2)

@@ -12,7 +12,8 @@ from glassine.runtime.engine.portable.registry import Tensors, op
 @op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (*, D_in), weight (D_out, D_in) -> (*, D_out)."""
-    return F.linear(x, weight, bias)
+    # Of a transposed x PyTorch would make a batched product, with a copy of the weight for every row.
+    return F.linear(x.contiguous(), weight, bias)
 
 
 @op("matmul")

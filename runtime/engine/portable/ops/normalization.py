@@ -48,12 +48,10 @@ def layer_norm(
     axes = tuple(sorted(axis % x.ndim for axis in axes)) or tuple(range(x.ndim))
     if axes == tuple(range(x.ndim - len(axes), x.ndim)):
         return F.layer_norm(x, [x.shape[axis] for axis in axes], gamma, beta, epsilon)
-    shape = [x.shape[axis] if axis in axes else 1 for axis in range(x.ndim)]
-    variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
-    y = (x - mean) * torch.rsqrt(variance + epsilon)
-    if gamma is not None:
-        y = y * gamma.reshape(shape)
-    return y if beta is None else y + beta.reshape(shape)
+    # Seen with those axes last; PyTorch's function makes the one copy this takes.
+    last = tuple(range(-len(axes), 0))
+    y = F.layer_norm(x.movedim(axes, last), [x.shape[axis] for axis in axes], gamma, beta, epsilon)
+    return y.movedim(last, axes)
 
 
 @op("local_response_norm")
