@@ -42,11 +42,11 @@ class Past(NamedTuple):
     live: tuple[tuple[int, Cells | None], ...] = ((0, None),)
 
     def pick(self, most: int, formula: Callable[[int], Array]) -> Array:
-        """Return `formula(k)`, k = the calls that count, at most `most`, cell by cell; for k > 0 it is a new array."""
+        """Return `formula(k)`, k = the calls that count, at most `most`, cell by cell."""
         x = formula(min(self.live[0][0], most))
         for count, cells in self.live[1:]:
-            if count < most:
-                np.copyto(x, formula(count), where=cells)
+            if count < most and cells is not None:
+                x = np.where(cells, formula(count), x)
         return x
 
 

@@ -16,6 +16,7 @@ Fried 2023, arXiv 2306.00950), with the release made exact for solvers that have
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -145,7 +146,7 @@ class _Canvas:
             raise RequestError(
                 f"source latents have shape {self.source.shape}, the noise {noise.shape}; expected the same"
             )
-        self.release = np.zeros((1, 1, 1, 1), dtype=np.int64) if n is None else self._release(n)
+        self.release = np.zeros((1, 1, 1, 1), dtype=np.int16) if n is None else self._release(n)
         # Steps at which some cell is released, in order: everything that changes with i is decided by them.
         self.releases: list[int] = np.unique(self.release).tolist()
         self.first, self.last = self.releases[0], self.releases[-1]
@@ -160,7 +161,7 @@ class _Canvas:
             )
         if n.min() < 0 or n.max() > self.steps:
             raise RequestError(f"the step table n runs from {n.min()} to {n.max()}; expected 0 to {self.steps}")
-        return self.steps - n
+        return (self.steps - n).astype(np.int16)  # compared at every step
 
     def at(self, sigma: float) -> Array:
         """The source noised to `sigma`."""
@@ -182,7 +183,8 @@ class _Canvas:
         """The calls made so far and the cells at which they count: those of step j where j >= r."""
         if not calls:
             return Past()
-        counts = [min(i - r, len(calls)) for r in self.releases if r <= i]
-        live: list[tuple[int, Cells | None]] = [(counts[0], None)]
-        live += [(count, self.release == i - count) for count in counts if count < counts[0]]
-        return Past(calls, tuple(live))
+        # The calls are those of the last steps without a gap, so they all count where r is no later than the oldest.
+        oldest = i - len(calls)
+        late = self.releases[bisect_right(self.releases, oldest) : bisect_right(self.releases, i)]
+        live: list[tuple[int, Cells | None]] = [(len(calls), None)]
+        return Past(calls, (*live, *((i - r, self.release == r) for r in late)))

@@ -206,5 +206,14 @@ def _unified_weights(hh: float, b_h: float, r: list[float]) -> list[float]:
         targets.append(phi * factorial / b_h)
         factorial *= k + 1
         phi = phi / hh - 1 / factorial
-    rho = np.linalg.solve(np.vander(r, increasing=True).T, targets)
-    return [float(p) / q for p, q in zip(rho, r, strict=True)]
+    # The Vandermonde system by Newton's differences (Bjorck and Pereyra 1970): exact for three points and no matrices.
+    rho, last = targets, len(r) - 1
+    for k in range(last):
+        for i in range(last, k, -1):
+            rho[i] -= r[k] * rho[i - 1]
+    for k in reversed(range(last)):
+        for i in range(k + 1, last + 1):
+            rho[i] /= r[i] - r[i - k - 1]
+        for i in range(k, last):
+            rho[i] -= rho[i + 1]
+    return [p / q for p, q in zip(rho, r, strict=True)]
