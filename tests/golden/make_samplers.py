@@ -18,6 +18,7 @@ from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.samplers import SAMPLERS
 from glassine.runtime.schedule import STABLE_DIFFUSION, make_sigmas
 
+TARGET = Path(__file__).with_name("samplers.json")
 STEPS = 8
 SHAPE = (1, 4, 4, 5)
 
@@ -39,5 +40,5 @@ def drawn(name: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    golden = {name: drawn(name).ravel().tolist() for name in SAMPLERS}
-    (Path(__file__).parent / "samplers.json").write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+    lines = [f"{json.dumps(name)}: {json.dumps(drawn(name).ravel().tolist())}" for name in SAMPLERS]
+    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
