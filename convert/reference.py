@@ -1,0 +1,215 @@
+"""What the networks mean, in plain PyTorch float32 on the source's own weights: the judge of a converted package.
+
+Written from the definitions (Ho et al. 2020, Rombach et al. 2022, Radford et al. 2021) and independent of the
+descriptions in `models`: it reads the weights by canonical name and the sizes from the weights' shapes where it can.
+Every weight is read when it is used and dropped after that, so a reference needs little memory beyond activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glassine.convert.weights import WeightSource
+from glassine.models.config import TextEncoderConfig, UNetConfig, VAEConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights under a prefix, as float32 tensors: `w / "conv1"` is one level deeper."""
+
+    source: WeightSource
+    prefix: str = ""
+
+    def __truediv__(self, name: str | int) -> Weights:
+        return Weights(self.source, f"{self.prefix}{name}.")
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.prefix}{name}" in self.source.shapes
+
+    def __call__(self, name: str) -> Tensor:
+        """Read one weight, in the source's shape."""
+        key = f"{self.prefix}{name}"
+        shape = self.source.shapes[key]
+        return torch.from_numpy(self.source.read(key, 0, math.prod(shape)).astype(np.float32)).reshape(shape)
+
+    def bias(self) -> Tensor | None:
+        """The bias of this layer, if it has one."""
+        return self("bias") if "bias" in self else None
+
+
+def conv(w: Weights, x: Tensor, stride: int = 1) -> Tensor:
+    """Convolve; the padding keeps the size at stride 1."""
+    weight = w("weight")
+    return F.conv2d(x, weight, w.bias(), stride=stride, padding=weight.shape[-1] // 2)
+
+
+def dense(w: Weights, x: Tensor) -> Tensor:
+    """Apply a linear layer to (B, S, C); its matrix may be stored as a 1x1 convolution."""
+    return F.linear(x, w("weight").flatten(1), w.bias())
+
+
+def group_norm(w: Weights, x: Tensor, groups: int, eps: float) -> Tensor:
+    """Normalise over groups of channels and all positions."""
+    return F.group_norm(x, groups, w("weight"), w("bias"), eps)
+
+
+def layer_norm(w: Weights, x: Tensor) -> Tensor:
+    """Normalise over the last axis."""
+    return F.layer_norm(x, x.shape[-1:], w("weight"), w("bias"), 1e-5)
+
+
+def resnet(w: Weights, x: Tensor, groups: int, eps: float, temb: Tensor | None = None) -> Tensor:
+    """Two convolutions behind GroupNorm and SiLU, the time added in between, around a shortcut."""
+    y = conv(w / "conv1", F.silu(group_norm(w / "norm1", x, groups, eps)))
+    if temb is not None:
+        y = y + dense(w / "time_emb_proj", F.silu(temb))[:, :, None, None]
+    y = conv(w / "conv2", F.silu(group_norm(w / "norm2", y, groups, eps)))
+    return y + (conv(w / "conv_shortcut", x) if "conv_shortcut.weight" in w else x)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """(B, S, C) -> (B, heads, S, C/heads)."""
+    return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Tensor:
+    """Multi-head attention of (B, S, C) over `context`."""
+    q = _split(dense(w / "to_q", x), heads)
+    k, v = (_split(dense(w / name, context), heads) for name in ("to_k", "to_v"))
+    y = F.scaled_dot_product_attention(q, k, v)
+    return dense(w / "to_out" / 0, y.transpose(1, 2).flatten(2))
+
+
+def transformer(w: Weights, x: Tensor, context: Tensor, heads: int, groups: int) -> Tensor:
+    """Norm, projection, transformer blocks over the pixels, projection, around a shortcut."""
+    batch, channels, height, width = x.shape
+    y = group_norm(w / "norm", x, groups, 1e-6).flatten(2).transpose(1, 2)
+    y = dense(w / "proj_in", y)
+    index = 0
+    while f"transformer_blocks.{index}.norm1.weight" in w:
+        block = w / "transformer_blocks" / index
+        own = layer_norm(block / "norm1", y)
+        y = y + attention(block / "attn1", own, own, heads)
+        y = y + attention(block / "attn2", layer_norm(block / "norm2", y), context, heads)
+        value, gate = dense(block / "ff" / "net" / 0 / "proj", layer_norm(block / "norm3", y)).chunk(2, dim=-1)
+        y = y + dense(block / "ff" / "net" / 2, value * F.gelu(gate))
+        index += 1
+    y = dense(w / "proj_out", y)
+    return x + y.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def unet(config: UNetConfig, source: WeightSource, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    """Predict the noise.
+
+    Args:
+        sample: (B, 4, h, w). timestep: (B,). context: (B, tokens, context_dim).
+    """
+    w, groups = Weights(source), config.norm_groups
+    half = config.channels[0] // 2
+    angles = timestep[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
+    temb = dense(w / "time_embedding" / "linear_1", torch.cat([angles.cos(), angles.sin()], dim=1))
+    temb = dense(w / "time_embedding" / "linear_2", F.silu(temb))
+
+    def layer(block: Weights, index: int, x: Tensor, heads: int) -> Tensor:
+        x = resnet(block / "resnets" / index, x, groups, 1e-5, temb)
+        if f"attentions.{index}.norm.weight" in block:
+            x = transformer(block / "attentions" / index, x, context, heads, groups)
+        return x
+
+    x = conv(w / "conv_in", sample)
+    kept = [x]
+    for level, heads in enumerate(config.heads):
+        block = w / "down_blocks" / level
+        for index in range(config.layers):
+            x = layer(block, index, x, heads)
+            kept.append(x)
+        if "downsamplers.0.conv.weight" in block:
+            x = conv(block / "downsamplers" / 0 / "conv", x, stride=2)
+            kept.append(x)
+    middle = w / "mid_block"
+    x = layer(middle, 0, x, config.heads[-1])
+    x = resnet(middle / "resnets" / 1, x, groups, 1e-5, temb)
+    for level, heads in enumerate(reversed(config.heads)):
+        block = w / "up_blocks" / level
+        for index in range(config.layers + 1):
+            x = layer(block, index, torch.cat([x, kept.pop()], dim=1), heads)
+        if "upsamplers.0.conv.weight" in block:
+            x = conv(block / "upsamplers" / 0 / "conv", F.interpolate(x, size=kept[-1].shape[-2:]))
+    return conv(w / "conv_out", F.silu(group_norm(w / "conv_norm_out", x, groups, 1e-5)))
+
+
+def _vae_middle(w: Weights, x: Tensor, groups: int) -> Tensor:
+    x = resnet(w / "resnets" / 0, x, groups, 1e-6)
+    inner = w / "attentions" / 0
+    tokens = group_norm(inner / "group_norm", x, groups, 1e-6).flatten(2).transpose(1, 2)
+    x = x + attention(inner, tokens, tokens, 1).transpose(1, 2).reshape(x.shape)
+    return resnet(w / "resnets" / 1, x, groups, 1e-6)
+
+
+def vae_encoder(config: VAEConfig, source: WeightSource, x: Tensor) -> Tensor:
+    """Encode (B, 3, H, W) to the moments (B, 2*latent_channels, H/8, W/8)."""
+    root, groups = Weights(source), config.norm_groups
+    w = root / "encoder"
+    x = conv(w / "conv_in", x)
+    for level in range(len(config.channels)):
+        block = w / "down_blocks" / level
+        for index in range(config.layers):
+            x = resnet(block / "resnets" / index, x, groups, 1e-6)
+        if "downsamplers.0.conv.weight" in block:
+            down = block / "downsamplers" / 0 / "conv"
+            x = F.conv2d(F.pad(x, (0, 1, 0, 1)), down("weight"), down.bias(), stride=2)
+    x = _vae_middle(w / "mid_block", x, groups)
+    x = conv(w / "conv_out", F.silu(group_norm(w / "conv_norm_out", x, groups, 1e-6)))
+    return conv(root / "quant_conv", x)
+
+
+def vae_decoder(config: VAEConfig, source: WeightSource, z: Tensor) -> Tensor:
+    """Decode (B, latent_channels, h, w) to (B, 3, 8h, 8w)."""
+    root, groups = Weights(source), config.norm_groups
+    w = root / "decoder"
+    x = _vae_middle(w / "mid_block", conv(w / "conv_in", conv(root / "post_quant_conv", z)), groups)
+    for level in range(len(config.channels)):
+        block = w / "up_blocks" / level
+        for index in range(config.layers + 1):
+            x = resnet(block / "resnets" / index, x, groups, 1e-6)
+        if "upsamplers.0.conv.weight" in block:
+            x = conv(block / "upsamplers" / 0 / "conv", F.interpolate(x, scale_factor=2.0))
+    return conv(w / "conv_out", F.silu(group_norm(w / "conv_norm_out", x, groups, 1e-6)))
+
+
+def text_encoder(config: TextEncoderConfig, source: WeightSource, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode token ids (1, tokens).
+
+    Returns:
+        The last hidden state (1, tokens, width) and the pooled output (1, width), both behind the final LayerNorm, and
+        the hidden states of all layers (layers, tokens, width), each behind it too.
+    """
+    root = Weights(source)
+    w = root / "text_model"
+    activate: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else _quick_gelu
+    table, places = (w / "embeddings" / name for name in ("token_embedding", "position_embedding"))
+    x = table("weight")[ids] + places("weight")[: ids.shape[1]]
+    states = []
+    for index in range(config.layers):
+        layer = w / "encoder" / "layers" / index
+        own = layer / "self_attn"
+        y = layer_norm(layer / "layer_norm1", x)
+        q, k, v = (_split(dense(own / f"{name}_proj", y), config.heads) for name in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + dense(own / "out_proj", y.transpose(1, 2).flatten(2))
+        y = dense(layer / "mlp" / "fc1", layer_norm(layer / "layer_norm2", x))
+        x = x + dense(layer / "mlp" / "fc2", activate(y))
+        states.append(layer_norm(w / "final_layer_norm", x))
+    pooled = states[-1][torch.arange(len(ids)), ids.argmax(dim=1)]
+    return states[-1 - config.skip], pooled, torch.cat(states)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
