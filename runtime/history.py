@@ -31,21 +31,21 @@ class Call(NamedTuple):
 
 
 class Past(NamedTuple):
-    """The calls of earlier steps, newest first, and how many of them count at each cell.
+    """The calls of earlier steps, newest first, and where fewer of them count.
 
     A call counts at a cell only if the cell was being drawn then: a frozen cell's x0 prediction is not the model's.
-    live: (number of calls that count, cells (B, 1, h, w)), falling; the first entry's None means every cell not named
-    by a later entry.
+    late: (how many of the newest calls count, cells (B, 1, h, w)) for cells released after the oldest of the calls;
+    everywhere else all of them do.
     """
 
     calls: tuple[Call, ...] = ()
-    live: tuple[tuple[int, Cells | None], ...] = ((0, None),)
+    late: tuple[tuple[int, Cells], ...] = ()
 
     def pick(self, most: int, formula: Callable[[int], Array]) -> Array:
         """Return `formula(k)`, k = the calls that count, at most `most`, cell by cell."""
-        x = formula(min(self.live[0][0], most))
-        for count, cells in self.live[1:]:
-            if count < most and cells is not None:
+        x = formula(min(len(self.calls), most))
+        for count, cells in self.late:
+            if count < most:
                 x = np.where(cells, formula(count), x)
         return x
 

@@ -161,7 +161,7 @@ class _Canvas:
             )
         if n.min() < 0 or n.max() > self.steps:
             raise RequestError(f"the step table n runs from {n.min()} to {n.max()}; expected 0 to {self.steps}")
-        return (self.steps - n).astype(np.int16)  # compared at every step
+        return self.steps - n.astype(np.int16)  # small, because it is compared at every step
 
     def at(self, sigma: float) -> Array:
         """The source noised to `sigma`."""
@@ -181,10 +181,6 @@ class _Canvas:
 
     def past(self, i: int, calls: tuple[Call, ...]) -> Past:
         """The calls made so far and the cells at which they count: those of step j where j >= r."""
-        if not calls:
-            return Past()
-        # The calls are those of the last steps without a gap, so they all count where r is no later than the oldest.
-        oldest = i - len(calls)
+        oldest = i - len(calls)  # they were made step by step, without a gap
         late = self.releases[bisect_right(self.releases, oldest) : bisect_right(self.releases, i)]
-        live: list[tuple[int, Cells | None]] = [(len(calls), None)]
-        return Past(calls, (*live, *((i - r, self.release == r) for r in late)))
+        return Past(calls, tuple((i - r, self.release == r) for r in late))

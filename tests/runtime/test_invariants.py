@@ -73,7 +73,7 @@ def image_to_image(sampler: Sampler, start: int = 0, model: Model = mixing) -> n
     """The plain loop, written without ours: every step of a schedule's end, and a history that began with it."""
     x, calls = level(SIGMAS[start]), ()
     for i in range(start, STEPS):
-        past = Past(calls, ((len(calls), None),))
+        past = Past(calls)
         x, call = sampler.step(
             lambda x, sigma, i=i: model(x, sigma, i),
             x,
@@ -138,7 +138,7 @@ def test_4_a_binary_map_is_blended_latent_inpainting(name: str) -> None:
             # A second evaluation within the step sees the source around the mask too, at its own level.
             return mixing(x if x is state else np.where(keep, level(sigma), x), sigma, i)
 
-        past = Past(calls, ((len(calls), None),))
+        past = Past(calls)
         x, call = sampler.step(model, x, SIGMAS, i, past, lambda k, i=i: keyed_noise(i * sampler.noises + k, SHAPE))
         x = np.where(keep, level(SIGMAS[i + 1]) if i + 1 < STEPS else SOURCE, x)
         calls = (call, *calls)[: sampler.history]
@@ -405,7 +405,7 @@ def test_mutation_iii_releasing_at_time_0_is_noticed() -> None:
 
 @pytest.mark.parametrize("name", MULTISTEP)
 def test_mutation_iv_a_history_kept_at_release_is_noticed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(loop._Canvas, "past", lambda self, i, calls: Past(calls, ((len(calls), None),)))
+    monkeypatch.setattr(loop._Canvas, "past", lambda self, i, calls: Past(calls))
     assert late_start(SAMPLERS[name]) > 1e-3
     assert gathered(SAMPLERS[name]) > 1e-3
 

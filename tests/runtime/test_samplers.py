@@ -312,7 +312,7 @@ def flow_error(sampler: Sampler, steps: int, high: float = 5.0, low: float = 0.1
     calls = tuple(Call(s, exact(s), gaussian(exact(s), s)) for s in sigmas[before - 1 :: -1])[: sampler.history]
     x = exact(sigmas[before])
     for i in range(before, before + steps):
-        past = Past(calls, ((len(calls), None),))
+        past = Past(calls)
         x, call = sampler.step(gaussian, x, sigmas, i, past, lambda k: np.zeros((1, 1, 1, 1)))
         calls = (call, *calls)[: sampler.history]
     return abs(float((x - exact(sigmas[before + steps])).squeeze()))
