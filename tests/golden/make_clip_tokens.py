@@ -93,7 +93,7 @@ def piece(rng: random.Random) -> str:
 
 def strings() -> list[str]:
     rng = random.Random(20)
-    made = ["", " ", "a", "!", "\n", "İ", "ς Σ ΑΣ", "'S", "<end_of_text>", "x" * 500, "é" * 300, "ab" * 250, "🐱" * 60]
+    made = ["", " ", "a", "!", "\n", "İ", "ς Σ ΑΣ", "'S", "it'ſ", "<ſtart_of_text>", "<end_of_text>", "x" * 500, "é" * 300, "ab" * 250, "🐱" * 60]
     while len(made) < COUNT:
         pieces = [piece(rng) for _ in range(rng.randint(1, 9))]
         text = "".join(p + rng.choice(["", " ", " ", ", ", rng.choice(SPACES)]) for p in pieces)

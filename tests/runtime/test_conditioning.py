@@ -225,6 +225,23 @@ def test_chunks_break_behind_commas(parts: list[tuple[str, str]]) -> None:
     assert cut == []
 
 
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a" * 55 + "," + "a" * 60, 56),  # the last comma is 20 tokens from the end: the words behind it move
+        ("a" * 54 + "," + "a" * 60, 75),  # 21
+        ("a" * 60 + "," + "a" * 14 + ",aa", 75),  # full, and the comma that follows opens the next chunk
+        ("a" * 60 + "," + "a" * 14 + "aaa", 61),
+        ("a" * 74 + ",aa", 75),
+        ("," + "a" * 80, 75),
+    ],
+)
+def test_how_far_back_a_comma_breaks(text: str, first: int) -> None:
+    tokenizer: Any = Letters()
+    chunks, _ = split_chunks(tokenizer, [Span(text)], limit=9)
+    assert [len(chunk.ids) for chunk in chunks] == [first, len(text) - first]
+
+
 @given(st.text("a,", max_size=400), st.integers(1, 4))
 @settings(max_examples=200, deadline=None)
 def test_nothing_is_lost_between_chunks_and_what_is_cut(text: str, limit: int) -> None:
