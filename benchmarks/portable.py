@@ -1,7 +1,7 @@
 """How fast does the portable engine run a UNet, beside PyTorch eager running the same diffusers network?
 
-Same random weights and inputs, float32, same CPU threads, turn about. The reference is the network as diffusers runs it:
-its fused attention, its group norms. Every form of attention and layout is measured; the error is PSNR against it.
+Same random weights and inputs, float32, same threads, turn about. The reference is the network as diffusers runs it,
+with fused attention and group norms. Every form of attention and layout is measured; the error is PSNR against it.
 """
 
 from __future__ import annotations

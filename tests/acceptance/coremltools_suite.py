@@ -17,6 +17,7 @@ rounded weights with what was computed of unrounded ones, which cannot agree to 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -60,6 +61,10 @@ class Collector:
         items[:] = kept
         number, count = self.shard
         items[:] = items[:: self.every][number - 1 :: count]
+
+    def pytest_collection_finish(self) -> None:
+        # ct.convert collects garbage every time; what is loaded by now need not be looked through again.
+        gc.freeze()
 
     def pytest_runtest_setup(self, item: Any) -> None:
         self._before = self.predictions
