@@ -117,7 +117,10 @@ def dpmpp_2m_sde(
 def dpmpp_3m_sde(
     denoise: Denoise, x: Array, sigmas: Sigmas, i: int, past: Past, noise: Noise, *, eta: float = 1.0
 ) -> Stepped:
-    """`dpmpp_2m_sde` at third order (Katherine Crowson, k-diffusion; phi functions of arXiv 2211.01095, appendix B)."""
+    """`dpmpp_2m_sde` with one more call of history (Katherine Crowson, k-diffusion; arXiv 2211.01095, appendix B).
+
+    The quadratic term stands as published, at half of what a third order needs: the error is of second order.
+    """
     sigma, sigma_next = levels(sigmas, i)
     denoised = denoise(x, sigma)
     call = Call(sigma, x, denoised)

@@ -56,12 +56,14 @@ class Sampler:
         """Return this sampler with keyword options of its step bound, such as `using(eta=0.5)`.
 
         Raises:
-            RequestError: the step has no such option.
+            RequestError: the step has no such option, or it is out of range.
         """
         known = self.options
-        for name in options:
+        for name, value in options.items():
             if name not in known:
                 raise RequestError(f'this sampler has no option "{name}"; expected one of {sorted(known)}')
+            if name in ("eta", "gamma") and not 0 <= value <= 1:
+                raise RequestError(f"{name} is {value}; expected 0 (no noise) to 1")
         return dataclasses.replace(self, step=functools.partial(self.step, **options))
 
     def on(self, schedule: NoiseSchedule) -> Sampler:

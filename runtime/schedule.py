@@ -177,6 +177,29 @@ def _kl_optimal(schedule: NoiseSchedule, steps: int) -> Sigmas:
     return np.tan(np.linspace(math.atan(schedule.sigma_max), math.atan(schedule.sigma_min), steps))
 
 
+def _beta(schedule: NoiseSchedule, steps: int) -> Sigmas:
+    """Quantiles of Beta(0.6, 0.6): more levels at both ends (Lee et al. 2024, arXiv 2407.12173)."""
+    quantiles = _beta_quantiles(1 - np.linspace(0, 1, steps))
+    return schedule.sigma_min + quantiles * (schedule.sigma_max - schedule.sigma_min)
+
+
+def _beta_quantiles(p: NDArray[np.float64], a: float = 0.6) -> NDArray[np.float64]:
+    """Invert the distribution function of Beta(a, a) by bisection of the lower half; the upper half mirrors it."""
+    low, high = np.zeros_like(p), np.full_like(p, 0.5)
+    tail = np.minimum(p, 1 - p)
+    scale = math.gamma(2 * a) / (a * math.gamma(a) ** 2)
+    for _ in range(60):
+        x = (low + high) / 2
+        # Hypergeometric series of the incomplete beta function; its terms fall faster than 2^-k for x <= 1/2.
+        term, total = np.ones_like(x), np.ones_like(x)
+        for k in range(60):
+            term = term * x * (2 * a + k) / (a + 1 + k)
+            total = total + term
+        below = scale * (x * (1 - x)) ** a * total < tail
+        low, high = np.where(below, x, low), np.where(below, high, x)
+    return np.where(p < 0.5, low, 1 - low)
+
+
 def _align_your_steps(schedule: NoiseSchedule, steps: int) -> Sigmas:
     """Levels optimised for Stable Diffusion 1.5, log-linearly stretched to N (Sabour et al. 2024, arXiv 2404.14507)."""
     return _stretch((14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029), steps)
@@ -201,6 +224,7 @@ SPACINGS: dict[str, Callable[[NoiseSchedule, int], Sigmas]] = {
     "karras": _karras,
     "exponential": _exponential,
     "kl_optimal": _kl_optimal,
+    "beta": _beta,
     "ays": _align_your_steps,
     "ays_xl": _align_your_steps_xl,
     "lcm": _lcm,

@@ -404,6 +404,14 @@ def test_unknown_option_is_refused() -> None:
         SAMPLERS["euler_a"].using(gamma=0.3)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddim", {"eta": -0.1}), ("euler_a", {"eta": math.nan}), ("tcd", {"gamma": 1.5})]
+)
+def test_noise_out_of_range_is_refused(name: str, options: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=r"is (-0\.1|nan|1\.5); expected 0 \(no noise\) to 1"):
+        SAMPLERS[name].using(**options)
+
+
 def test_schedule_reaches_the_sampler_that_asks() -> None:
     assert SAMPLERS["tcd"].on(STABLE_DIFFUSION) != SAMPLERS["tcd"]
     assert SAMPLERS["euler"].on(STABLE_DIFFUSION) is SAMPLERS["euler"]

@@ -60,6 +60,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("trailing", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     ("karras", "EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     ("exponential", "EulerDiscreteScheduler", {"use_exponential_sigmas": True}),
+    ("beta", "EulerDiscreteScheduler", {"use_beta_sigmas": True}),
     ("rounded", "DPMSolverMultistepScheduler", {}),
     ("rounded", "UniPCMultistepScheduler", {}),
     ("karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
