@@ -6,12 +6,14 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from glassine.errors import PackageError
 
 FORMAT_VERSION = 1
 FILE_NAME = "glassine.json"
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class Manifest:
 
     name: str
     family: str
-    prediction_type: str
+    prediction_type: Prediction
     width: int
     height: int
     batch: int
@@ -112,6 +114,8 @@ class Manifest:
             numbers = (manifest.width, manifest.height, manifest.batch, manifest.tokens, manifest.clip_skip)
             if not all(type(number) is int and number > 0 for number in numbers):
                 raise ValueError(f"width, height, batch, tokens and clip_skip are {numbers}, not positive integers")
+            if manifest.prediction_type not in get_args(Prediction):
+                raise ValueError(f"prediction_type is {manifest.prediction_type!r}")
             if not manifest.sizes or type(manifest.latent_scale) is not float:
                 raise ValueError(f"latent_scale is {manifest.latent_scale!r}")
             return manifest

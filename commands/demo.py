@@ -50,10 +50,10 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
     """
     out.mkdir(parents=True, exist_ok=True)
     folder = model if model is not None else convert_tiny(out / "model", report)
-    panels = []
+    panels: list[Panel] = []
     with Pipeline.load(folder, options) as pipe:
         for draw in (draw_prompt, draw_map, draw_inpaint, draw_fan):
-            panels += draw(pipe, panels)
+            panels.append(draw(pipe, panels))
             report(f"{panels[-1].caption}: {panels[-1].seconds:.1f} s")
     paths = [out / f"{index}-{panel.name}.png" for index, panel in enumerate(panels, 1)]
     for path, panel in zip(paths, panels, strict=True):
@@ -73,40 +73,40 @@ def convert_tiny(folder: Path, report: Report) -> Path:
     return folder
 
 
-def draw_prompt(pipe: Pipeline, _: list[Panel]) -> list[Panel]:
+def draw_prompt(pipe: Pipeline, _: list[Panel]) -> Panel:
     """Text to image."""
-    return [_timed("prompt", f'"{PROMPT}"', lambda: pipe(PROMPT, seed=SEED, output="numpy"))]
+    return _timed("prompt", f'"{PROMPT}"', lambda: pipe(PROMPT, seed=SEED, output="numpy"))
 
 
-def draw_map(pipe: Pipeline, panels: list[Panel]) -> list[Panel]:
+def draw_map(pipe: Pipeline, panels: list[Panel]) -> Panel:
     """The first picture again: kept at the left, free at the right."""
-    source = panels[0].pixels
+    words = "gradient:left-right"
+    return _timed(
+        "map",
+        f'change map, left to right: "{OTHER}"',
+        lambda: pipe(OTHER, image=panels[0].pixels, change_map=words, seed=SEED + 1, output="numpy"),
+    )
 
-    def draw() -> NDArray[np.uint8]:
-        return pipe(OTHER, image=source, change_map="gradient:left-right", seed=SEED + 1, output="numpy")
 
-    return [_timed("map", f'change map, left to right: "{OTHER}"', draw)]
-
-
-def draw_inpaint(pipe: Pipeline, panels: list[Panel]) -> list[Panel]:
+def draw_inpaint(pipe: Pipeline, panels: list[Panel]) -> Panel:
     """A soft hole in the middle of the first picture."""
-    source = panels[0].pixels
+    words = "ellipse:25%,25%,50%,50%:soft=32"
+    return _timed(
+        "inpaint",
+        f'soft inpaint: "{INPAINT}"',
+        lambda: pipe(INPAINT, image=panels[0].pixels, change_map=words, seed=SEED, output="numpy"),
+    )
 
-    def draw() -> NDArray[np.uint8]:
-        return pipe(INPAINT, image=source, change_map="ellipse:25%,25%,50%,50%:soft=32", seed=SEED, output="numpy")
 
-    return [_timed("inpaint", f'soft inpaint: "{INPAINT}"', draw)]
-
-
-def draw_fan(pipe: Pipeline, panels: list[Panel]) -> list[Panel]:
+def draw_fan(pipe: Pipeline, panels: list[Panel]) -> Panel:
     """The first picture in columns, each with more strength than the one before."""
     width, height = pipe.size
-
-    def draw() -> NDArray[np.uint8]:
-        fan = fan_map(columns(width, 8), height)
-        return pipe(OTHER, image=panels[0].pixels, change_map=fan, seed=SEED + 1, output="numpy")
-
-    return [_timed("fan", f'strength fan, 0 to 1: "{OTHER}"', draw)]
+    fan = fan_map(columns(width, 8), height)
+    return _timed(
+        "fan",
+        f'strength fan, 0 to 1: "{OTHER}"',
+        lambda: pipe(OTHER, image=panels[0].pixels, change_map=fan, seed=SEED + 1, output="numpy"),
+    )
 
 
 def contact_sheet(panels: list[Panel], columns: int = 2) -> NDArray[np.uint8]:

@@ -189,6 +189,7 @@ def show_map(out: Path, as_json: bool, **asked: Any) -> None:
     inputs = read_inputs(drawing.image, drawing.maps, width // 8 * 8, height // 8 * 8, fit=request.fit)
     for notice in inputs.notices:
         say(f"note: {notice}")
+    assert inputs.change_map is not None and inputs.pixels is not None  # noqa: PT018 - read with a picture and a map
     sigmas = last_steps(sigmas_of(STABLE_DIFFUSION, request), request.strength)
     table = n_table(to_cells(inputs.change_map), sigmas, request.rule, total=request.steps)
     save_png(out, render(table, len(sigmas) - 1, inputs.pixels), overwrite=asked["overwrite"])

@@ -146,7 +146,9 @@ class Pipeline:
         maps = MapSource(map=change_map, mask=mask, softness=softness)
         read = read_inputs(image, maps, *self.size, fit=request.fit, **(inputs if inputs is not None else {}))
         result = self.run(request, read).finish()
-        return {"pil": lambda: result.image, "numpy": lambda: result.pixels, "latent": lambda: result.latents}[output]()
+        if output == "latent":
+            return result.latents
+        return result.pixels if output == "numpy" else result.image
 
     def run(self, request: Request, inputs: Inputs | None = None) -> Run:
         """Prepare one picture: iterate over the steps of the returned `Run`, or just call its `finish`."""
@@ -314,7 +316,8 @@ class Run:
         """The UNet with both prompts, and what there is to say about them and about the input files."""
         request, manifest = self.request, self._pipe.manifest
         cond, said = self._context(self._inputs.context, request.prompt)
-        uncond, said_too = None, ()
+        uncond: Conditioning | None = None
+        said_too: tuple[str, ...] = ()
         if request.guidance_scale != 1:
             uncond, said_too = self._context(self._inputs.negative_context, request.negative_prompt)
         guidance = Guidance(cond=cond, uncond=uncond, scale=request.guidance_scale, rescale=request.guidance_rescale)

@@ -14,6 +14,7 @@ NoiseKind = Literal["torch", "philox"]
 Emphasis = Literal["original", "no_norm"]
 Fit = Literal["crop", "fit", "stretch"]
 
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float)}
 DEFAULT_STRENGTH = 0.75  # of an image without a change map: A1111's
 RULES: tuple[Rule, ...] = ("scale", "cap", "authors", "time")
 NOISE_KINDS: tuple[NoiseKind, ...] = ("torch", "philox")
@@ -77,9 +78,9 @@ class Request:
         _expect(not unknown, f"unknown settings {unknown}; this Glassine knows {sorted(known)}")
         for name, value in raw.items():
             wanted = str(known[name].type)
-            kinds = {"int": int, "float": (int, float)}.get(wanted.split(" |", maxsplit=1)[0], str)
+            kind = _KINDS.get(wanted.split(" |", maxsplit=1)[0], str)
             optional = wanted.endswith("| None") and value is None
-            good = isinstance(value, kinds) and not isinstance(value, bool)
+            good = isinstance(value, kind) and not isinstance(value, bool)
             _expect(optional or good, f"setting {name!r} is {value!r}, expected {wanted}")
         return cls(**raw)
 
