@@ -239,7 +239,7 @@ def save_png(
     check_output(path, overwrite=overwrite)
     info = PngInfo()
     for keyword, value in (text or {}).items():
-        info.add_itxt(keyword, value)
+        info.add_text(keyword, value)  # tEXt, which every tool reads; iTXt if Latin-1 cannot hold it
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("xb") as file:
@@ -270,6 +270,8 @@ def _open(source: Source, name: str) -> tuple[Image.Image, str]:
                 return ImageOps.exif_transpose(image if deep is None else deep), name
     except FileNotFoundError:
         raise RequestError(f"{name}: no such file") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise RequestError(f"{name}: cannot be read ({error.strerror})") from None
     except UnidentifiedImageError:
         raise RequestError(
             f"{name}: not a picture Glassine reads; expected {', '.join(FORMATS)} (export others, such as HEIC, as PNG)"
