@@ -21,8 +21,8 @@ SAMPLERS = (
     "dpmpp_3m_sde", "dpmpp_sde", "dpmpp_2s_a", "unipc", "pndm", "lcm", "tcd",
 )  # fmt: skip
 SPACINGS = (
-    "linspace", "leading", "trailing", "rounded", "sgm_uniform", "karras", "exponential", "kl_optimal", "ays", "ays_xl",
-    "lcm",
+    "linspace", "leading", "trailing", "rounded", "sgm_uniform", "karras", "exponential", "kl_optimal", "beta", "ays",
+    "ays_xl", "lcm",
 )  # fmt: skip
 RULES = ("scale", "cap", "authors", "time")
 FOLDER = click.Path(path_type=Path, file_okay=False)

@@ -1,8 +1,8 @@
 """The strength fan: one picture in columns of rising strength, to see which strength is wanted.
 
-One run draws all columns at once through a change map; they see each other through attention and normalisation, so it
-is an approximation and says so. The exact fan makes one run a column and shares what can be shared exactly: the source's
-latents, the prompts' encodings and the noise. Source: Differential Diffusion, section 4.3 (arXiv 2306.00950).
+One run draws all columns at once through a change map; they see each other through attention and normalisation, so
+it is an approximation and says so. The exact fan makes one run a column and shares what can be shared exactly: the
+source's latents, the prompts' encodings and the noise. Source: Differential Diffusion, section 4.3 (arXiv 2306.00950).
 """
 
 from __future__ import annotations
