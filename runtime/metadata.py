@@ -55,6 +55,7 @@ SPACING_NAMES = {
     "exponential": "Exponential",
     "sgm_uniform": "SGM Uniform",
     "kl_optimal": "KL Optimal",
+    "beta": "Beta",
     "ays_xl": "Align Your Steps",  # A1111 has one name for both; read back, it is the last of them
     "ays": "Align Your Steps",
 }
