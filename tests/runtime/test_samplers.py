@@ -15,6 +15,7 @@ import pytest
 from glassine.errors import RequestError
 from glassine.runtime.history import Call, Past
 from glassine.runtime.loop import denoising_steps
+from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.samplers import SAMPLERS, Sampler
 from glassine.runtime.schedule import STABLE_DIFFUSION, make_sigmas
 
@@ -207,6 +208,45 @@ def test_tcd_equals_diffusers(monkeypatch: pytest.MonkeyPatch, steps: int, gamma
     sigmas = make_sigmas(STABLE_DIFFUSION, steps, "lcm", "min")
     expected = theirs(monkeypatch, reference, vp(START * sigmas[0], sigmas[0]), timestep_level, eta=gamma)
     assert relative(ours(SAMPLERS["tcd"].using(gamma=gamma), sigmas), expected) < 5e-6  # measured 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "options", "step_options"),
+    [
+        ("euler_a", "EulerAncestralDiscreteScheduler", {}, {}),
+        ("dpmpp_2m_sde", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+        ("ddim", "DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}, {"eta": 1.0}),
+    ],
+)
+def test_a_seed_draws_what_diffusers_draws(
+    name: str, scheduler: str, options: dict[str, Any], step_options: dict[str, float]
+) -> None:
+    """From a seed alone: the starting noise, then one tensor a step, from one generator as their pipelines do it."""
+    reference = getattr(diffusers, scheduler)(**TRAINING, **options)
+    reference.set_timesteps(STEPS)
+    generator = torch.Generator().manual_seed(21)
+    x = torch.randn((1, 4, 16, 16), generator=generator) * reference.init_noise_sigma
+    for t in reference.timesteps:
+        scaled = reference.scale_model_input(x, t)
+        sigma = float(timestep_level(reference, t) if name == "ddim" else step_level(reference, t))
+        state = scaled.double().numpy() * math.sqrt(sigma**2 + 1)
+        eps = torch.from_numpy((state - mixture(state, sigma)) / sigma).float()
+        x = reference.step(eps, t, x, generator=generator, **step_options).prev_sample
+
+    spacing = {"euler_a": "linspace", "dpmpp_2m_sde": "rounded", "ddim": "trailing"}[name]
+    sigmas = make_sigmas(STABLE_DIFFUSION, STEPS, spacing)
+    noise = randn(21, (1, 4, 16, 16))
+    if name != "euler_a":  # theirs start at the latents' scale
+        noise = noise * np.float32(math.sqrt(1 + sigmas[0] ** 2) / sigmas[0])
+    steps = denoising_steps(
+        lambda x, sigma, i: mixture(x, sigma),
+        SAMPLERS[name].using(**step_options),
+        sigmas,
+        noise,
+        step_noise=StepNoise(21),
+    )
+    # measured 1.4e-5, 2.5e-6, 2.6e-6: their float32 sigmas and the rounding of their normals
+    assert relative(list(steps)[-1].x, x.numpy()) < 5e-5
 
 
 # k-diffusion's formulas, in its own letters (t = -log sigma), in float64.
