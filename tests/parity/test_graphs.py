@@ -6,14 +6,13 @@ differently is spelt alike:
 
     axes and permutations count from the front; the shape of a reshape is its result's (converters write -1)
 
-and three differences of substance are taken out, each shown here to be the only ones:
+and two differences of substance, wanted ones, are taken out:
 
     sinusoid     the embedding of t and of SDXL's time_ids is fp32 with us and fp16 with them (0.3 radians off at
                  t = 999). Whatever is computed from those inputs alone, before the first weight, is one leaf. Its
                  values are compared in test_networks.py.
     query scale  they multiply queries by head_dim^-1/2, we multiply the projection's weights: their
                  mul(reshape(linear(x, W, b)), s) is hashed as reshape(linear(x, sW, sb)). Only `einsum` has it.
-    casts        only fp32 -> fp16 of the sinusoid; it belongs to that leaf.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ Var = Any
 HEIGHT, WIDTH, TOKENS = 12, 8, 9
 HOST_NUMBERS = {"timestep", "time_ids"}
 WITH_WEIGHTS = {"linear", "conv"}
-GPU = pytest.mark.parametrize("attention", ["einsum", "sdpa"])
 
 
 def hashes(program: Program) -> tuple[list[str], Counter[str]]:
@@ -188,7 +186,7 @@ class AppleUNet(torch.nn.Module):
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # of tracing and of coremltools' frontend, about code that is not ours
 def test_unet(networks: Any, family: str, attention: str) -> None:
     config, module = networks.unet(family)
     ours = unet(
@@ -211,8 +209,8 @@ def test_unet(networks: Any, family: str, attention: str) -> None:
     assert_same_graph(ours, emitted(AppleUNet(module, config).eval(), inputs, attention))
 
 
-@GPU
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["einsum", pytest.param("sdpa", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # of tracing and of coremltools' frontend, about code that is not ours
 def test_vae_decoder(networks: Any, attention: str) -> None:
     class Decoder(torch.nn.Module):
         def forward(self, z: Any) -> Any:
@@ -225,8 +223,8 @@ def test_vae_decoder(networks: Any, attention: str) -> None:
     assert_same_graph(ours, emitted(Decoder().eval(), {"z": (z, np.float16)}, attention))
 
 
-@GPU
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", [pytest.param("einsum", marks=pytest.mark.slow), "sdpa"])
+@pytest.mark.filterwarnings("ignore")  # of tracing and of coremltools' frontend, about code that is not ours
 def test_vae_encoder(networks: Any, attention: str) -> None:
     class Encoder(torch.nn.Module):
         def forward(self, x: Any) -> Any:
@@ -237,3 +235,28 @@ def test_vae_encoder(networks: Any, attention: str) -> None:
     ours = vae_encoder(config, weights, height=HEIGHT, width=WIDTH, attention=attention, layout="channels_last")
     x = np.ones((1, 3, HEIGHT, WIDTH), np.float32)
     assert_same_graph(ours, emitted(Encoder().eval(), {"x": (x, np.float16)}, attention))
+
+
+def test_the_hash_sees_every_difference(networks: Any) -> None:
+    """One bit of one weight, one factor, one wire: each changes the hash."""
+    config, module = networks.vae()
+    arrays = networks.part_of(networks.state(module), "encoder.", "quant_conv.")
+    form = {"height": HEIGHT, "width": WIDTH, "attention": "sdpa", "layout": "channels_last"}
+
+    def hashed(changed: Mapping[str, np.ndarray], **sizes: Any) -> list[str]:
+        return hashes(vae_encoder(config, real_weights(changed), **(form | sizes)))[0]
+
+    same = hashed(arrays)
+    assert hashed(dict(arrays)) == same
+    bits = arrays["encoder.mid_block.resnets.0.norm1.bias"].astype(np.float16).view(np.uint16).copy()
+    bits[-1] ^= 1
+    touched = {**arrays, "encoder.mid_block.resnets.0.norm1.bias": bits.view(np.float16)}
+    assert hashed(touched) != same
+    swapped = {
+        name: arrays[name.replace("to_k", "to_v") if "to_k" in name else name.replace("to_v", "to_k")]
+        for name in arrays
+    }
+    assert hashed(swapped) != same
+    assert hashed(arrays, attention="einsum") != same
+    assert hashed(arrays, layout="channels_first") != same
+    assert hashed(arrays, width=WIDTH + 8) != same
