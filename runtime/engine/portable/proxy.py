@@ -100,7 +100,7 @@ class _MLModelProxy:
         try:
             results = self._executable({**self._executable.feed(arrays), **states})
         except GlassineError as error:
-            raise RuntimeError(str(error)) from error
+            raise RuntimeError(f"Unable to compute the prediction using ML Program: {error}") from error
         self._predict_nanoseconds = time.perf_counter_ns() - started
         return {feature.name: _output(results[feature.name]) for feature in self._function.outputs}
 

@@ -96,11 +96,10 @@ def resize(
         target = size or x.shape[axis]
         if interpolation_mode == "LINEAR":
             x = _lerp(x.float(), axis, _grid(sampling_mode, x.shape[axis], target, like=x))
-        elif sampling_mode == "DEFAULT":
-            x = _nearest(x, axis, target)
         else:
-            positions = _grid(sampling_mode, x.shape[axis], target, like=x)
-            x = x.index_select(axis, (positions + 0.5).floor().long().clamp(0, x.shape[axis] - 1))
+            # The nearest cell, of two equally near ones the first.
+            nearest = (_grid(sampling_mode, x.shape[axis], target, like=x) - 0.5).ceil().long()
+            x = x.index_select(axis, nearest.clamp(0, x.shape[axis] - 1))
     return x.to(dtype)
 
 
