@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from glassine.errors import ConversionError
+
 Attention = Literal["split", "einsum", "sdpa"]
 Layout = Literal["channels_first", "channels_last"]
 Activation = Literal["quick_gelu", "gelu"]
@@ -39,6 +41,25 @@ class UNetConfig:
     pooled_dim: int | None = None  # SDXL 1280: width of text_embeds
     timestep_cond_dim: int | None = None  # LCM 256: width of the guidance embedding
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that describe no network.
+
+        Raises:
+            ConversionError: fields that disagree about the levels, or heads or groups that do not divide the channels.
+        """
+        for field in ("down_depths", "up_depths", "heads"):
+            if len(getattr(self, field)) != len(self.channels):
+                raise ConversionError(
+                    f"UNet: {field} is {getattr(self, field)}, channels is {self.channels}: not a level each"
+                )
+        if (self.time_ids is None) != (self.pooled_dim is None):
+            raise ConversionError(f"UNet: time_ids is {self.time_ids} and pooled_dim {self.pooled_dim}; SDXL has both")
+        for level, channels in enumerate(self.channels):
+            _check_divides("UNet: norm_groups", self.norm_groups, channels)
+            last = level == len(self.channels) - 1
+            if any(self.down_depths[level]) or any(self.up_depths[-1 - level]) or (last and self.mid_depth):
+                _check_divides("UNet: heads", self.heads[level], channels)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VAEConfig:
@@ -48,6 +69,16 @@ class VAEConfig:
     layers: int = 2
     latent_channels: int = 4
     norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse groups that do not divide the channels (ConversionError)."""
+        for channels in self.channels:
+            _check_divides("VAE: norm_groups", self.norm_groups, channels)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a side of one latent cell: 8 with four levels."""
+        return int(2 ** (len(self.channels) - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +99,17 @@ class TextEncoderConfig:
     skip: int = 0
     final_norm: bool = True
     projection_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse heads that do not divide the width, and a skip that leaves no layer (ConversionError)."""
+        _check_divides("text encoder: heads", self.heads, self.width)
+        if not 0 <= self.skip < self.layers:
+            raise ConversionError(f"text encoder: cannot skip {self.skip} of {self.layers} layers")
+
+
+def _check_divides(what: str, divisor: int, channels: int) -> None:
+    if divisor < 1 or channels % divisor:
+        raise ConversionError(f"{what} is {divisor}, which does not divide a level's {channels} channels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

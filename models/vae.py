@@ -9,6 +9,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Program
 
+from glassine.errors import ConversionError
 from glassine.models.attention import attention as attend
 from glassine.models.attention import to_image, to_tokens
 from glassine.models.config import Attention, Layout, VAEConfig
@@ -29,13 +30,20 @@ def vae_encoder(
 ) -> Program:
     """Write the encoder as a program.
 
-    height, width: pixels, multiples of 8.
+    height, width: pixels, multiples of 8 (`config.downscale`).
 
     Input: x (B, 3, height, width) fp16 in [-1, 1].
 
     Output: latent (B, 2*latent_channels, height/8, width/8) fp32: the mean, then the logarithm of the variance; neither
     sampled nor scaled.
+
+    Raises:
+        ConversionError: a size is not a whole number of latent cells.
     """
+    if height % config.downscale or width % config.downscale:
+        raise ConversionError(
+            f"VAE encoder: {width}x{height} pixels; expected multiples of {config.downscale}, the size of a latent cell"
+        )
     root = Scope(weights, attention, layout)
 
     def encode(x: Var) -> dict[str, Var]:
