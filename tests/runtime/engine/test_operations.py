@@ -13,6 +13,7 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, types
 from torch import Tensor
 
+from glassine.errors import EngineError
 from glassine.runtime.engine.portable.registry import op
 
 RNG = np.random.default_rng(0)
@@ -308,11 +309,21 @@ def test_integers_are_exact(run):
     assert total.item() == 2**24
 
 
-@pytest.mark.parametrize("opset", [ct.target.iOS16, ct.target.iOS17])
-def test_negative_indices_count_from_the_end(run, opset):
+def test_negative_indices_count_from_the_end_up_to_ios16(run):
     indices = np.array([-1, 0], np.int32)
-    (actual,) = run(lambda x: mb.gather(x=x, indices=indices, axis=1), opset=opset, x=X)
+    (actual,) = run(lambda x: mb.gather(x=x, indices=indices, axis=1), opset=ct.target.iOS16, x=X)
     np.testing.assert_array_equal(actual, X[:, [2, 0]])
+
+
+def test_indices_out_of_range_from_ios17_on(run):
+    def build(x, indices, *, validate):
+        return mb.gather(x=x, indices=indices, axis=1, validate_indices=validate)
+
+    indices = np.array([-1, 7], np.int32)
+    (actual,) = run(lambda x, indices: build(x, indices, validate=False), x=X, indices=indices)
+    np.testing.assert_array_equal(actual, X[:, [0, 2]])
+    with pytest.raises(EngineError, match="an index is out of range: -1 to 7, expected 0 to 2"):
+        run(lambda x, indices: build(x, indices, validate=True), x=X, indices=indices)
 
 
 def test_loops_and_choices(run):

@@ -1,8 +1,8 @@
 """Reading and writing at computed positions.
 
 Up to iOS 16 negative positions count from the end, and one out of range is an error here. From iOS 17 on
-(`validate_indices` is given) such a position is an error if it is true; if it is false the result is undefined but
-safe: here the nearest cell.
+(`validate_indices` is given) negative ones are out of range too; that is an error if it is true, and undefined but
+safe if it is false: here the nearest cell.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from glassine.runtime.engine.portable.registry import op
 def positions(indices: Tensor, size: int, validate: bool | None) -> Tensor:
     """Return indices as int64 positions on an axis of `size`."""
     indices = indices.long()
-    wrapped = torch.where(indices < 0, indices + size, indices)
     if validate is None:
-        return wrapped
+        return torch.where(indices < 0, indices + size, indices)
     if validate and bool(((indices < 0) | (indices >= size)).any()):
         raise EngineError(f"an index is out of range: {indices.min()} to {indices.max()}, expected 0 to {size - 1}")
-    return wrapped.clamp(0, size - 1)
+    return indices.clamp(0, size - 1)
 
 
 @op("gather")
