@@ -9,6 +9,7 @@ from a diffusers config.json, else from the header's `__metadata__`, else from t
     glassine.text_heads    heads of the text encoder (width / 64)
     glassine.activation    "quick_gelu" or "gelu", of the text encoder
     glassine.prediction_type, modelspec.prediction_type    "epsilon", "v" or "v_prediction"
+    modelspec.resolution   the square it was trained at, "512x512": the size to convert for when none is asked for
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def detect(checkpoint: Checkpoint, prediction_type: Prediction | None = None) ->
     scheduler, prediction, why = _schedule(checkpoint, prediction_type)
     reasons = {reason: text for part in shapes.values() for reason, text in part.reasons.items()}
     return Detected(
-        family=replace(family, prediction=prediction),
+        family=replace(family, prediction=prediction, size=_size(checkpoint)),
         scheduler=scheduler,
         parts=parts,
         reasons=reasons | {"prediction type": why},
@@ -351,6 +352,11 @@ def _schedule(checkpoint: Checkpoint, override: Prediction | None) -> tuple[Sche
                 )
             return scheduler, words[word], where
     return scheduler, SD15.prediction, "Stable Diffusion 1.x"
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    match = re.fullmatch(r"(\d{2,4})x\1", checkpoint.metadata.get("modelspec.resolution", ""))
+    return int(match[1]) if match and int(match[1]) % 64 == 0 else SD15.size
 
 
 def _ends_in_noise(checkpoint: Checkpoint) -> bool:

@@ -213,28 +213,15 @@ def lower(program: Program, description: Description | None = None) -> Lowered:
     Raises:
         ConversionError: a weight was folded into a constant or lost on its way through the graph.
     """
-    # The exporter is coremltools' own, private but stable since 7.2; only where constants go is changed here.
-    from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
     from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
     for name in ("common::dedup_op_and_var_names", "mil_backend::sanitize_name_strings"):
         PASS_REGISTRY[name](program)
     _check_provenance(program)
-    function = program.functions["main"]
-    version = int(function.opset_version)
     plan = Plan()
-    exporter = CoreMLProtoExporter(
-        program,
-        _export(program, version, plan),
-        predicted_feature_name=None,
-        predicted_probabilities_name=None,
-        classifier_config=None,
-        convert_to="mlprogram",
-        convert_from="milinternal",
-        specification_version=version,
-    )
-    model = exporter.export(version)
-    _describe(model.description, description if description is not None else Description())
+    version = int(program.functions["main"].opset_version)
+    model = _model(program, version, description if description is not None else Description())
+    model.mlProgram.CopyFrom(_export(program, version, plan))
     return Lowered(
         # Maps inside the message (functions, attributes) are unordered unless asked for: equal input, equal bytes.
         model=model.SerializeToString(deterministic=True),
@@ -264,6 +251,7 @@ def _check_provenance(program: Program) -> None:
 
 def _export(program: Program, version: int, plan: Plan) -> Any:
     """Export `program` to a MIL protobuf, placing big constants and every weight in `plan`."""
+    # The exporter is coremltools' own, private but stable since 7.2; only where constants go is changed here.
     from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor, types_to_proto_primitive
     from coremltools.converters.mil.backend.mil.load import (
         MILProtoExporter,
@@ -289,17 +277,29 @@ def _export(program: Program, version: int, plan: Plan) -> Any:
     return Exporter(program, "", version).export()
 
 
-def _describe(target: Any, description: Description) -> None:
-    metadata = target.metadata
+def _model(program: Program, version: int, description: Description) -> Any:
+    """The model around the program: what an app sees of it."""
+    from coremltools.converters.mil.backend.mil.helper import cast_to_framework_io_dtype
+    from coremltools.proto import Model_pb2
+
+    model = Model_pb2.Model(specificationVersion=version)
+    metadata = model.description.metadata
     metadata.author = description.author
     metadata.license = description.licence
     metadata.versionString = description.version
     metadata.shortDescription = description.summary
     for key, text in description.user_defined.items():
         metadata.userDefined[key] = text
-    for feature in (*target.input, *target.output):
-        if feature.name in description.features:
-            feature.shortDescription = description.features[feature.name]
+    function = program.functions["main"]
+    for features, variables in (
+        (model.description.input, function.inputs.values()),
+        (model.description.output, function.outputs),
+    ):
+        for var in variables:
+            feature = features.add(name=var.name, shortDescription=description.features.get(var.name, ""))
+            feature.type.multiArrayType.shape.extend(var.shape)
+            feature.type.multiArrayType.dataType = cast_to_framework_io_dtype(var, is_output=False)
+    return model
 
 
 def _tensors(features: Any) -> Tensors:

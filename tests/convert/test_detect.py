@@ -164,3 +164,12 @@ def test_heads_that_cannot_be_are_refused(checkpoints, tmp_path, value):
     source = checkpoint(tmp_path, shapes, checkpoints.TINY.header() | {"glassine.heads": value})
     with pytest.raises(ConversionError, match="heads"):
         detect(source)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "size"), [("256x256", 256), ("768x768", 768), ("512x768", 512), ("100x100", 512), ("big", 512)]
+)
+def test_the_default_size_is_the_one_it_was_trained_at(checkpoints, tmp_path, resolution, size):
+    shapes = checkpoints.ldm_checkpoint(checkpoints.TINY)
+    metadata = checkpoints.TINY.header() | {"modelspec.resolution": resolution}
+    assert detect(checkpoint(tmp_path, shapes, metadata)).family.size == size

@@ -11,10 +11,12 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
+from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
 from coremltools.converters.mil.converter import _reset_conversion_state
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.libmilstoragepython import _BlobStorageReader, _BlobStorageWriter
+from coremltools.proto import Model_pb2
 
 from glassine.convert import package as package_module
 from glassine.convert.checkpoint import open_checkpoint
@@ -104,6 +106,16 @@ def test_the_reloaded_program_holds_the_weights(lowered, tmp_path):
     convs = program.functions["main"].find_ops(op_type="conv")
     np.testing.assert_array_equal(convs[0].weight.val, ARRAYS["conv.weight"].astype(np.float16))
     np.testing.assert_array_equal(convs[1].weight.val[:, :, 0, 0], ARRAYS["out.weight"].astype(np.float16))
+
+
+def test_the_description_is_the_one_coremltools_would_give():
+    program = network(Requests(SHAPES))
+    ours = Model_pb2.Model.FromString(lower(program).model)
+    theirs = CoreMLProtoExporter(
+        program, ours.mlProgram, None, None, None, "mlprogram", "milinternal", ours.specificationVersion
+    ).export(ours.specificationVersion)
+    ours.description.ClearField("metadata")
+    assert ours == theirs
 
 
 def test_equal_input_gives_equal_bytes(tmp_path):
