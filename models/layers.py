@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import coremltools as ct
 import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.converter import _reset_conversion_state
@@ -71,11 +72,8 @@ class Scope:
 def build(inputs: Inputs, body: Callable[..., Mapping[str, Var]], *, attention: Attention = "einsum") -> Program:
     """Make the program whose one function `main` computes body(**inputs); all outputs are cast to fp32.
 
-    The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the
-    fused attention operation needs it.
+    The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the fused attention operation needs it.
     """
-    import coremltools as ct
-
     _reset_conversion_state()  # operation names count up for the life of the process otherwise
     builtin = {np.float16: types.fp16, np.float32: types.fp32}
     placeholders = {name: mb.placeholder(shape, dtype=builtin[dtype]) for name, (shape, dtype) in inputs.items()}
@@ -112,12 +110,11 @@ def _shared_literals() -> Iterator[None]:
         mb._add_const = own
 
 
-def conv(w: Scope, x: Var, channels: int, *, kernel: int = 3, stride: int = 1, bias: bool = True) -> Var:
+def conv(w: Scope, x: Var, channels: int, *, kernel: int = 3, stride: int = 1) -> Var:
     """Convolve (B, C, H, W) to `channels`; padding keeps the size at stride 1."""
     weight = w("weight", (channels, x.shape[1], kernel, kernel))
     pad = {"pad_type": "custom", "pad": [kernel // 2] * 4} if kernel > 1 else {"pad_type": "valid"}
-    offset = {"bias": w("bias", (channels,))} if bias else {}
-    return mb.conv(x=x, weight=weight, **offset, strides=[stride, stride], **pad, name=w.op())
+    return mb.conv(x=x, weight=weight, bias=w("bias", (channels,)), strides=[stride, stride], **pad, name=w.op())
 
 
 def dense(w: Scope, x: Var, channels: int, *, bias: bool = True, scale: float = 1.0) -> Var:

@@ -71,6 +71,14 @@ def unet(
 
 
 @dataclass(frozen=True, slots=True)
+class _Given:
+    """What every step reads besides its picture: the embedded time, after SiLU, and the text as tokens."""
+
+    temb: Var
+    context: Var
+
+
+@dataclass(frozen=True, slots=True)
 class _UNet:
     """The steps of one UNet; `w` is its root."""
 
@@ -83,8 +91,9 @@ class _UNet:
         context = encoder_hidden_states
         if not self.w.channels_first:
             context = mb.transpose(x=mb.squeeze(x=context, axes=[2]), perm=[0, 2, 1], name="context")
-        kept = self._down(conv(self.w / "conv_in", sample, self.config.channels[0]), temb, context)
-        x = self._up(self._middle(kept[-1], temb, context), kept, temb, context)
+        given = _Given(temb, context)
+        kept = self._down(conv(self.w / "conv_in", sample, self.config.channels[0]), given)
+        x = self._up(self._middle(kept[-1], given), kept, given)
         x = group_norm(self.w / "conv_norm_out", x, self.config.norm_groups, eps=1e-5)
         return {"noise_pred": conv(self.w / "conv_out", mb.silu(x=x), self.config.out_channels)}
 
@@ -111,43 +120,45 @@ class _UNet:
         x = mb.concat(values=(text_embeds, x), axis=-1, name="micro_conditioning")
         return mb.add(x=temb, y=embedding_mlp(w / "add_embedding", x, 4 * config.channels[0]))
 
-    def _down(self, x: Var, temb: Var, context: Var) -> list[Var]:
+    def _down(self, x: Var, given: _Given) -> list[Var]:
         """Halve the size level by level; return the result of every step, the last one being the deepest."""
         config = self.config
         kept = [x]
         for level, channels in enumerate(config.channels):
             w = self.w / "down_blocks" / level
             for i, depth in enumerate(config.down_depths[level]):
-                x = self._step(w, i, x, channels, temb, context, depth, config.heads[level])
+                x = self._step(w, i, x, given, channels=channels, depth=depth, heads=config.heads[level])
                 kept.append(x)
             if level < len(config.channels) - 1:
                 x = conv(w / "downsamplers.0.conv", x, channels, stride=2)
                 kept.append(x)
         return kept
 
-    def _middle(self, x: Var, temb: Var, context: Var) -> Var:
+    def _middle(self, x: Var, given: _Given) -> Var:
+        """Two resnets with a transformer between them, or nothing."""
         config, w = self.config, self.w / "mid_block"
         if config.mid_depth is None:
             return x
-        x = self._step(w, 0, x, config.channels[-1], temb, context, config.mid_depth, config.heads[-1])
-        return self._step(w, 1, x, config.channels[-1], temb, context, 0, config.heads[-1])
+        channels, heads = config.channels[-1], config.heads[-1]
+        x = self._step(w, 0, x, given, channels=channels, depth=config.mid_depth, heads=heads)
+        return self._step(w, 1, x, given, channels=channels, depth=0, heads=heads)
 
-    def _up(self, x: Var, kept: list[Var], temb: Var, context: Var) -> Var:
+    def _up(self, x: Var, kept: list[Var], given: _Given) -> Var:
         """Double the size level by level, each step beside what the way down kept."""
         config, kept = self.config, list(kept)
         for level, channels in enumerate(reversed(config.channels)):
             w = self.w / "up_blocks" / level
             for i, depth in enumerate(config.up_depths[level]):
                 x = mb.concat(values=(x, kept.pop()), axis=1, name=(w / "resnets" / i).op("concat"))
-                x = self._step(w, i, x, channels, temb, context, depth, config.heads[-1 - level])
+                x = self._step(w, i, x, given, channels=channels, depth=depth, heads=config.heads[-1 - level])
             if kept:
                 x = upsample(w / "upsamplers.0", x, height=kept[-1].shape[2], width=kept[-1].shape[3])
         return x
 
-    def _step(self, w: Scope, i: int, x: Var, channels: int, temb: Var, context: Var, depth: int, heads: int) -> Var:
+    def _step(self, w: Scope, i: int, x: Var, given: _Given, *, channels: int, depth: int, heads: int) -> Var:
         """One resnet and, where `depth` is not 0, one transformer of that many blocks."""
-        x = resnet(w / "resnets" / i, x, channels, groups=self.config.norm_groups, eps=1e-5, temb=temb)
-        return self._transformer(w / "attentions" / i, x, context, depth, heads) if depth else x
+        x = resnet(w / "resnets" / i, x, channels, groups=self.config.norm_groups, eps=1e-5, temb=given.temb)
+        return self._transformer(w / "attentions" / i, x, given.context, depth, heads) if depth else x
 
     def _transformer(self, w: Scope, x: Var, context: Var, depth: int, heads: int) -> Var:
         """Look around in the picture and at the text: `depth` blocks between two projections, added to the input."""
