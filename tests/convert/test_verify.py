@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from glassine.convert import reference
+from glassine.convert import reference, verify
 from glassine.convert.checkpoint import open_checkpoint
 from glassine.convert.detect import detect
 from glassine.convert.verify import verify_folder
-from glassine.errors import ConversionError, PackageError
+from glassine.errors import ConversionError, MissingDependency, PackageError
 from glassine.runtime.engine import EngineOptions
 
 PORTABLE = EngineOptions(engine="portable")
@@ -121,3 +122,18 @@ def test_another_source_is_not_this_folders(tiny_folder, checkpoints, tmp_path):
     smaller = checkpoints.write_checkpoint(tmp_path / "s.safetensors", checkpoints.Sizes(text_layers=2))
     with pytest.raises(ConversionError, match="was the folder made of another file"):
         verify_folder(tiny_folder, smaller, parts=["text_encoder"], options=PORTABLE)
+
+
+def test_without_torch_it_says_what_to_install(tiny_folder, tiny_checkpoint, monkeypatch):
+    class Never:
+        def predict(self, **_):
+            return {}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(verify, "open_engine", lambda *_: Never())
+    monkeypatch.setattr(verify, "_inputs", lambda *_: {})
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'glassine\[portable\]'"):
+        verify_folder(tiny_folder, tiny_checkpoint, parts=["vae_decoder"])
