@@ -32,7 +32,7 @@ from typing import Any
 _NOT_COVERED = (
     re.compile(r"does not have these operations: (?P<what>.*?);"),
     re.compile(r"(?P<what>(?:input|output) \S+ is of type \w+; the portable engine takes arrays)"),
-    re.compile(r"(?P<what>expected an ML Program, got \w+)"),
+    re.compile(r"(?P<what>expected an ML Program.*?, got \w[\w ]*)"),
 )
 
 

@@ -53,7 +53,7 @@ class Constants:
         array = self._decompress(name)
         if self._numerics.rounds and self._dtypes[name] == "float16":
             array = array.astype(np.float16)
-        value = from_constant(form, [array], [self._dtypes[name]], self._numerics)
+        value = from_constant(form, array, self._dtypes[name], self._numerics)
         if isinstance(value, Tensor):
             self._tensors[key] = value
         return value
@@ -64,7 +64,7 @@ class Constants:
         wants_tensor = form in ("Tensor", "Value")
         if key is not None and wants_tensor and key in self._tensors:
             return self._tensors[key]
-        value = from_constant(form, [self._array(constant)], [constant.type.dtype], self._numerics)
+        value = from_constant(form, self._array(constant), constant.type.dtype, self._numerics)
         if key is not None and isinstance(value, Tensor):
             self._tensors[key] = value
         return value

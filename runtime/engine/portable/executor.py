@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glassine.errors import EngineError, GlassineError
+from glassine.errors import EngineError, GlassineError, PackageError
 from glassine.runtime.engine.contract import Precision, Realised, TensorSpec, check_inputs
 from glassine.runtime.engine.portable import ops as _ops  # noqa: F401 - registers the kernels
 from glassine.runtime.engine.portable.constants import Constants
@@ -54,6 +54,25 @@ class Plan:
             environment[slot] = value
         self.run(environment)
         return tuple(environment[slot] for slot in self.outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """An argument the program computes, or partly computes: each of `refs` is (slot, False) or (constant, True)."""
+
+    parameter: str
+    form: str
+    refs: tuple[tuple[Any, bool], ...]
+
+    @property
+    def variadic(self) -> bool:
+        """Whether the kernel takes a list."""
+        return self.form in ("Tensors", "Values")
+
+    def value(self, environment: Environment) -> Any:
+        """Return what the kernel gets."""
+        values = [ref if is_constant else environment[ref] for ref, is_constant in self.refs]
+        return values if self.variadic else from_value(self.form, values[0])
 
 
 class Executable:
@@ -163,35 +182,32 @@ class _Compiler:
             opset=self.function.opset,
             numerics=self.numerics,
         )
-        fixed: dict[str, Any] = {"node": node} if kernel.wants_node else {}
         plans = tuple(self.compile(block) for block in operation.blocks)
-        moving: list[tuple[str, str, tuple[Any, ...], bool]] = []
+        fixed: dict[str, Any] = {"node": node} if kernel.wants_node else {}
+        moving: list[Argument] = []
         for parameter, bound in operation.inputs.items():
-            self._bind(kernel, node, parameter, bound, fixed, moving)
+            argument = self._argument(kernel, node, parameter, bound)
+            if all(is_constant for _, is_constant in argument.refs):
+                fixed[parameter] = argument.value([])
+            else:
+                moving.append(argument)
         return _call(kernel, node, fixed, tuple(moving), plans)
 
-    def _bind(
-        self,
-        kernel: Kernel,
-        node: Node,
-        parameter: str,
-        bound: Sequence[str | Constant],
-        fixed: dict[str, Any],
-        moving: list[tuple[str, str, tuple[Any, ...], bool]],
-    ) -> None:
+    def _argument(self, kernel: Kernel, node: Node, parameter: str, bound: Sequence[str | Constant]) -> Argument:
         if parameter not in kernel.forms:
             raise EngineError(
                 f"{node.label}: the portable engine does not know its parameter {parameter!r}; "
                 f"it knows {sorted(kernel.forms)}"
             )
         form = kernel.forms[parameter]
-        variadic = form == "Tensors"
-        refs = tuple(self._reference(item, "Tensor" if variadic else form) for item in bound)
-        if all(is_constant for _, is_constant in refs):
-            values = [value for value, _ in refs]
-            fixed[parameter] = values if variadic else values[0]
-        else:
-            moving.append((parameter, form, refs, variadic))
+        try:
+            single = {"Tensors": "Tensor", "Values": "Value"}.get(form, form)
+            refs = tuple(self._reference(item, single) for item in bound)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise PackageError(f"{node.label}: its parameter {parameter!r} is no {form}: {error}") from error
+        if not refs:
+            raise PackageError(f"{node.label}: its parameter {parameter!r} is bound to nothing")
+        return Argument(parameter, form, refs)
 
     def _reference(self, item: str | Constant, form: str) -> tuple[Any, bool]:
         if isinstance(item, Constant):
@@ -202,22 +218,20 @@ class _Compiler:
 
 
 def _call(
-    kernel: Kernel, node: Node, fixed: dict[str, Any], moving: tuple[Any, ...], plans: tuple[Plan, ...]
+    kernel: Kernel, node: Node, fixed: dict[str, Any], moving: tuple[Argument, ...], plans: tuple[Plan, ...]
 ) -> Callable[[Environment], Any]:
     """Return the closure that gathers the moving arguments, runs the kernel and rounds what is float16."""
     run = partial(kernel.run, **fixed)
 
     def gather(environment: Environment) -> dict[str, Any]:
-        arguments = {}
-        for parameter, form, refs, variadic in moving:
-            values = [value if is_constant else environment[value] for value, is_constant in refs]
-            arguments[parameter] = values if variadic else from_value(form, values[0])
+        arguments = {argument.parameter: argument.value(environment) for argument in moving}
         if plans:
             arguments["blocks"] = [partial(plan.call, environment) for plan in plans]
         return arguments
 
-    simple = not plans and all(form == "Tensor" and not variadic for _, form, _, variadic in moving)
-    pairs = tuple((parameter, refs[0][0]) for parameter, _, refs, variadic in moving) if simple else ()
+    # Nearly every operation only reads tensors out of slots.
+    simple = not plans and all(argument.form == "Tensor" for argument in moving)
+    pairs = tuple((argument.parameter, argument.refs[0][0]) for argument in moving) if simple else ()
 
     def call(environment: Environment) -> Any:
         arguments = {name: environment[slot] for name, slot in pairs} if simple else gather(environment)
@@ -319,6 +333,7 @@ class PortableEngine:
         started = time.perf_counter()
         self._program = read_package(package)
         entry = self._program.function(function)
+        _require_arrays(self._program, entry)
         numerics = Numerics(open_device(device), rounds=precision == "fp16")
         self._executable = Executable(self._program, entry, numerics)
         self.inputs: Mapping[str, TensorSpec] = _specs(entry.inputs)
@@ -345,16 +360,25 @@ class PortableEngine:
 
     def close(self) -> None:
         """Drop the weights; the engine cannot be used afterwards."""
-        del self._executable
+        self.__dict__.pop("_executable", None)
 
 
 def to_array(value: Any) -> Any:
-    """Return a tensor as a contiguous array of its own: float32, or int32 for integers and booleans."""
+    """Return a tensor as a new contiguous array, float32, or int32 for integers and booleans; other values as they are.
+
+    Always a copy: the tensor may be a view of an input or of a weight.
+    """
     if not isinstance(value, Tensor):
         return value
     dtype = torch.float32 if value.is_floating_point() else torch.int32
-    array = value.detach().to("cpu", dtype).numpy()
-    return array if array.flags.owndata and array.flags.c_contiguous else array.copy()
+    return np.array(value.to("cpu", dtype).numpy(), order="C")
+
+
+def _require_arrays(program: Program, function: Function) -> None:
+    others = [feature for feature in (*function.inputs, *function.outputs, *function.states) if feature.kind != "array"]
+    if others:
+        kinds = ", ".join(f"{feature.name!r} is of type {feature.kind}" for feature in others)
+        raise EngineError(f"{program.package}: an engine takes and returns arrays, but {kinds}; convert it with arrays")
 
 
 def _specs(features: Sequence[Any]) -> dict[str, TensorSpec]:

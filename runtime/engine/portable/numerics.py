@@ -53,7 +53,7 @@ class Numerics:
     def exact(self) -> AbstractContextManager[None]:
         """Return a context in which float32 is float32: cuDNN convolves in TF32 by default, 10 bits of mantissa."""
         if self.device.type == "cuda":
-            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # type: ignore[no-any-return]
+            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         return nullcontext()
 
     def dtype(self, name: str) -> torch.dtype:

@@ -357,8 +357,6 @@ def _literal(tensor: Any, type_: ValueType) -> NDArray[Any]:
         raw = np.frombuffer(bytearray(tensor.bytes.values), np.uint8)  # writable, as torch wants it
         if type_.dtype in _BITS:
             count = math.prod(shape)
-            if raw.size * 8 < count * _BITS[type_.dtype]:
-                raise ValueError(f"{raw.size} bytes, too few for {type_.dtype} {shape}")
             signed = type_.dtype.startswith("int")
             return unpack_bits(raw, _BITS[type_.dtype], count, signed=signed).reshape(shape)
         return np.asarray(raw.view(np.dtype(type_.dtype).newbyteorder("<")).reshape(shape))

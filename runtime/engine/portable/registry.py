@@ -4,15 +4,15 @@
     def conv(x: Tensor, weight: Tensor, strides: Ints = (1, 1), pad_type: str = "valid", ...) -> Tensor
 
 The annotation decides the form: `Tensor` a torch tensor, `Ints` a tuple of int, `int`/`float`/`bool`/`str` a scalar,
-`Tensors` a list (for variadic parameters), `Value` whatever the program has there (tensor, list, dictionary). A
-parameter called `node` receives the operation itself: output types, numerics, opset. Constants are converted once,
+`Value` whatever the program has there (tensor, list, dictionary), `Tensors` and `Values` lists of them (for variadic
+parameters). A parameter called `node` receives the operation itself: output types, numerics, opset. Constants are converted once,
 when the program is compiled; arguments computed by the program are converted at every call.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ Ints = tuple[int, ...]
 Bools = tuple[bool, ...]
 Tensors = list[Tensor]
 Value = Any
+Values = list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def op(*types: str) -> Callable[[_Run], _Run]:
             for name, parameter in parameters.items()
             if name != "node"
         }
-        unknown = set(forms.values()) - set(_FROM_ARRAY) - {"Tensor", "Tensors", "Value"}
+        unknown = set(forms.values()) - set(_FROM_ARRAY) - {"Tensor", "Tensors", "Value", "Values"}
         if unknown:
             raise TypeError(f"{run.__name__}: no form {sorted(unknown)}; expected one of the registry's")
         for type_ in types:
@@ -95,15 +96,13 @@ _FROM_ARRAY: dict[str, Callable[[NDArray[Any]], Any]] = {
 Array = NDArray[Any]
 
 
-def from_constant(form: str, arrays: Sequence[NDArray[Any]], dtypes: Sequence[str], numerics: Numerics) -> Any:
-    """Convert the constant(s) bound to a parameter to the form its kernel wants."""
-    if form == "Tensors":
-        return [numerics.tensor(array, dtype) for array, dtype in zip(arrays, dtypes, strict=True)]
+def from_constant(form: str, array: NDArray[Any], dtype: str, numerics: Numerics) -> Any:
+    """Convert a constant to the form its kernel wants; strings that are no `str` stay arrays."""
     if form in _FROM_ARRAY:
-        return _FROM_ARRAY[form](arrays[0])
-    if dtypes[0] == "string":
-        return arrays[0]
-    return numerics.tensor(arrays[0], dtypes[0])
+        return _FROM_ARRAY[form](array)
+    if form == "Value" and dtype == "string":
+        return array
+    return numerics.tensor(array, dtype)
 
 
 def from_value(form: str, value: Any) -> Any:

@@ -46,7 +46,12 @@ def unpack_bits(packed: NDArray[np.uint8], bits: int, count: int, *, signed: boo
     """Return the first `count` elements of `bits` bits each, as (u)int8.
 
     Elements are packed from the least significant bit upwards and may cross bytes; signed ones are two's complement.
+
+    Raises:
+        ValueError: there are fewer bits.
     """
+    if packed.size * 8 < count * bits:
+        raise ValueError(f"{packed.size} bytes cannot hold {count} elements of {bits} bits")
     if bits == 8:
         elements = packed[:count]
     else:

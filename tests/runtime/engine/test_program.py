@@ -7,6 +7,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import coremltools as ct
 import numpy as np
 import pytest
 from coremltools.converters.mil import Builder as mb
@@ -255,3 +256,36 @@ def test_constants_know_their_size(convolution):
         if op.type == "const"
     }
     assert W.nbytes in sizes.values()
+
+
+def give_an_axis_two_values(model, function, block):
+    strides = next(op for op in block.operations if op.outputs and op.outputs[0].name.endswith("groups_0"))
+    tensor = strides.attributes["val"]
+    tensor.type.tensorType.rank = 1
+    tensor.type.tensorType.dimensions.add().constant.size = 2
+    tensor.immediateValue.tensor.ints.values.append(1)
+
+
+def test_parameters_of_a_wrong_form_are_refused(convolution):
+    rewrite(convolution, give_an_axis_two_values)
+    with pytest.raises(PackageError, match=r"operation 'my_conv' \(conv\): its parameter 'groups' is no int"):
+        PortableEngine(convolution)
+
+
+def test_palettes_with_too_few_indices_are_refused(package):
+    def build(x):
+        indices = np.zeros(48, np.uint8)
+        return mb.mul(
+            x=x, y=mb.constexpr_lut_to_dense(indices=indices, lut=W.ravel()[:16], shape=np.array([96], np.uint32))
+        )
+
+    path = package(build, opset=ct.target.iOS16, x=np.ones(96, np.float32))
+
+    def claim_a_terabyte(model, function, block):
+        op = next(op for op in block.operations if op.type == "constexpr_lut_to_dense")
+        op.attributes["shape"].immediateValue.tensor.bytes.values = np.array([2**31], np.uint32).tobytes()
+
+    PortableEngine(path)
+    rewrite(path, claim_a_terabyte)
+    with pytest.raises(PackageError, match="48 bytes cannot hold 2147483648 elements of 4 bits"):
+        PortableEngine(path)

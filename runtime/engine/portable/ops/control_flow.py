@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glassine.errors import EngineError
-from glassine.runtime.engine.portable.registry import Array, Node, Tensors, Value, op
+from glassine.runtime.engine.portable.registry import Node, Value, Values, op
 
 
 @op("select")
@@ -24,7 +24,7 @@ def cond(pred: bool, blocks: Value) -> tuple[Any, ...]:
 
 
 @op("while_loop")
-def while_loop(loop_vars: Tensors, blocks: Value) -> tuple[Any, ...]:
+def while_loop(loop_vars: Values, blocks: Value) -> tuple[Any, ...]:
     """Run the body while the condition holds; both blocks take the loop variables."""
     condition, body = blocks
     values = tuple(loop_vars)
@@ -38,11 +38,11 @@ def make_list(
     node: Node,
     init_length: int = 1,
     dynamic_length: bool = True,
-    elem_shape: Array | None = None,
+    elem_shape: Values | None = None,
     dtype: str = "fp32",
 ) -> list[Tensor]:
-    """A list of zeros; where the shape of an element is not known yet, of nothing."""
-    known = elem_shape is not None and elem_shape.dtype.kind in "iu"
+    """A list of zeros; where the shape of an element is not known yet (a size is a name), of nothing."""
+    known = elem_shape is not None and all(isinstance(size, Tensor) for size in elem_shape)
     shape = [int(size) for size in elem_shape] if known and elem_shape is not None else [0]
     zero = torch.zeros(shape, dtype=node.numerics.dtype(dtype), device=node.numerics.device)
     return [zero] * init_length

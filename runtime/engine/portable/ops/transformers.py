@@ -15,8 +15,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if q.ndim == 3 and mask is None:
-        heads = (x.unsqueeze(1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, scale=scale).squeeze(1)
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
