@@ -5,8 +5,8 @@
 
 The annotation decides the form: `Tensor` a torch tensor, `Ints` a tuple of int, `int`/`float`/`bool`/`str` a scalar,
 `Value` whatever the program has there (tensor, list, dictionary), `Tensors` and `Values` lists of them (for variadic
-parameters). A parameter called `node` receives the operation itself: output types, numerics, opset. Constants are converted once,
-when the program is compiled; arguments computed by the program are converted at every call.
+parameters). A parameter called `node` receives the operation itself: output types, numerics, opset. Constants are
+converted once, when the program is compiled; arguments computed by the program are converted at every call.
 """
 
 from __future__ import annotations
