@@ -56,5 +56,8 @@ def layer_norm(
 
 @op("local_response_norm")
 def local_response_norm(x: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
-    """Divide by a power of the mean square of `size` neighbouring channels."""
-    return F.local_response_norm(x, size, alpha, beta, k)
+    """Divide by a power of the mean square of `size` neighbours on the third axis from the last.
+
+    Those are the channels of images; of rank 3 they are the batch, says coremltools' test of what Core ML answers.
+    """
+    return F.local_response_norm(x.transpose(-3, 1), size, alpha, beta, k).transpose(-3, 1)
