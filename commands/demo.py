@@ -5,26 +5,34 @@ The pictures, and one contact sheet of them with captions and timings, stay in t
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from glassine.runtime.change_map import n_table, parse, to_cells
 from glassine.runtime.engine import EngineOptions
-from glassine.runtime.fan import columns, fan_map
+from glassine.runtime.fan import columns, fan_map, label
 from glassine.runtime.image import save_png
-from glassine.runtime.pipeline import Pipeline
+from glassine.runtime.map_picture import render
+from glassine.runtime.pipeline import Pipeline, sigmas_of
+from glassine.runtime.request import Request
+from glassine.runtime.schedule import STABLE_DIFFUSION
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "tiny.safetensors"
-PROMPT = "a red star, blue background"
-OTHER = "a yellow circle, green background"
-INPAINT = "a purple heart"
-SEED = 7
-CELL, GAP, HEAD = 256, 16, 44  # pixels of the contact sheet: a picture, the space between, the caption above it
+PROMPT = "a big red star in the middle, blue background"
+OTHER = "a big yellow circle in the middle, blue background"
+INSIDE = "a big green heart in the middle, blue background"
+RAMP = "gradient:left-right"
+SPOT = "ellipse:15%,15%,70%,70%:soft=24"
+SETTINGS: dict[str, Any] = {"guidance_scale": 5.0, "steps": 20, "output": "numpy"}
+COLUMNS, CELL, GAP, HEAD = 3, 256, 16, 56  # the contact sheet; pixels: a picture, the space between, the caption above
 
 Report = Callable[[str], None]
 
@@ -52,7 +60,7 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
     folder = model if model is not None else convert_tiny(out / "model", report)
     panels: list[Panel] = []
     with Pipeline.load(folder, options) as pipe:
-        for draw in (draw_prompt, draw_map, draw_inpaint, draw_fan):
+        for draw in (draw_prompt, draw_plan, draw_map, draw_spot, draw_inpaint, draw_fan):
             panels.append(draw(pipe, panels))
             report(f"{panels[-1].caption}: {panels[-1].seconds:.1f} s")
     paths = [out / f"{index}-{panel.name}.png" for index, panel in enumerate(panels, 1)]
@@ -66,64 +74,81 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
 def convert_tiny(folder: Path, report: Report) -> Path:
     """Convert the embedded family into `folder`, replacing what an earlier demo left there."""
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
+    from glassine.convert.imports import import_coremltools
 
     start = time.perf_counter()
+    import_coremltools()
     convert_checkpoint(TINY, folder, ConvertOptions(attention="einsum", layout="channels_last", overwrite=True))
-    report(f"converted the embedded family: {time.perf_counter() - start:.1f} s")
+    report(f"the embedded tiny model, converted: {time.perf_counter() - start:.1f} s")
     return folder
 
 
 def draw_prompt(pipe: Pipeline, _: list[Panel]) -> Panel:
     """Text to image."""
-    return _timed("prompt", f'"{PROMPT}"', lambda: pipe(PROMPT, seed=SEED, output="numpy"))
+    return _timed("prompt", f'"{PROMPT}"', lambda: pipe(PROMPT, seed=2, **SETTINGS))
+
+
+def draw_plan(pipe: Pipeline, panels: list[Panel]) -> Panel:
+    """What the ramp will change when."""
+    return _timed("plan", "a change map: how many of 20 steps may touch what", lambda: _plan(RAMP, panels[0].pixels))
 
 
 def draw_map(pipe: Pipeline, panels: list[Panel]) -> Panel:
     """The first picture again: kept at the left, free at the right."""
-    words = "gradient:left-right"
     return _timed(
-        "map",
-        f'change map, left to right: "{OTHER}"',
-        lambda: pipe(OTHER, image=panels[0].pixels, change_map=words, seed=SEED + 1, output="numpy"),
+        "map", f'with it: "{OTHER}"', lambda: pipe(OTHER, image=panels[0].pixels, change_map=RAMP, seed=12, **SETTINGS)
     )
 
 
+def draw_spot(pipe: Pipeline, panels: list[Panel]) -> Panel:
+    """What the soft hole will change when."""
+    return _timed("spot", "a soft hole; the rest stays byte for byte", lambda: _plan(SPOT, panels[0].pixels))
+
+
 def draw_inpaint(pipe: Pipeline, panels: list[Panel]) -> Panel:
-    """A soft hole in the middle of the first picture."""
-    words = "ellipse:25%,25%,50%,50%:soft=32"
+    """A soft hole in the corner of the first picture, filled."""
     return _timed(
         "inpaint",
-        f'soft inpaint: "{INPAINT}"',
-        lambda: pipe(INPAINT, image=panels[0].pixels, change_map=words, seed=SEED, output="numpy"),
+        f'in the hole: "{INSIDE}"',
+        lambda: pipe(INSIDE, image=panels[0].pixels, change_map=SPOT, seed=5, **SETTINGS),
     )
 
 
 def draw_fan(pipe: Pipeline, panels: list[Panel]) -> Panel:
     """The first picture in columns, each with more strength than the one before."""
     width, height = pipe.size
-    fan = fan_map(columns(width, 8), height)
-    return _timed(
-        "fan",
-        f'strength fan, 0 to 1: "{OTHER}"',
-        lambda: pipe(OTHER, image=panels[0].pixels, change_map=fan, seed=SEED + 1, output="numpy"),
-    )
+    strips = columns(width, 8)
+    ramp = fan_map(strips, height)
+
+    def draw() -> NDArray[np.uint8]:
+        pixels = pipe(OTHER, image=panels[0].pixels, change_map=ramp, seed=12, **SETTINGS)
+        return label(pixels, strips, "approximate: one run")
+
+    return _timed("fan", f'a strength fan, 0 to 1: "{OTHER}"', draw)
 
 
-def contact_sheet(panels: list[Panel], columns: int = 2) -> NDArray[np.uint8]:
+def contact_sheet(panels: list[Panel]) -> NDArray[np.uint8]:
     """Lay the panels out with captions; (H, W, 3) uint8."""
-    rows = -(-len(panels) // columns)
-    size = (columns * CELL + (columns + 1) * GAP, rows * (CELL + HEAD) + (rows + 1) * GAP)
+    rows = -(-len(panels) // COLUMNS)
+    size = (COLUMNS * CELL + (COLUMNS + 1) * GAP, rows * (CELL + HEAD) + (rows + 1) * GAP)
     sheet = Image.new("RGB", size, "white")
     write = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(size=13), ImageFont.load_default(size=11)
+    font = ImageFont.load_default(size=12)
     for index, panel in enumerate(panels):
-        row, column = divmod(index, columns)
+        row, column = divmod(index, COLUMNS)
         x, y = GAP + column * (CELL + GAP), GAP + row * (CELL + HEAD + GAP)
-        write.text((x, y + 6), panel.caption, fill="black", font=font)
-        write.text((x, y + 24), f"{panel.seconds:.1f} s", fill="gray", font=small)
-        picture = Image.fromarray(panel.pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y + HEAD))
+        words = textwrap.wrap(f"{panel.caption} ({panel.seconds:.1f} s)", 42)
+        write.multiline_text((x, y + HEAD - 6), "\n".join(words), fill="black", font=font, anchor="ld")
+        picture = ImageOps.contain(Image.fromarray(panel.pixels), (CELL, CELL), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x + (CELL - picture.width) // 2, y + HEAD))
     return np.asarray(sheet)
+
+
+def _plan(words: str, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    steps = SETTINGS["steps"]
+    sigmas = sigmas_of(STABLE_DIFFUSION, Request(steps=steps))
+    return render(n_table(to_cells(parse(words, width, height)), sigmas), steps, pixels)
 
 
 def _timed(name: str, caption: str, draw: Callable[[], NDArray[np.uint8]]) -> Panel:

@@ -16,7 +16,7 @@ import platformdirs
 from glassine import __version__
 
 Status = Literal["ok", "note", "missing"]
-REQUIRED = ("numpy", "coremltools", "safetensors", "pillow", "tokenizers", "regex", "ftfy", "click", "rich")
+REQUIRED = ("numpy", "coremltools", "safetensors", "pillow", "platformdirs", "regex", "ftfy", "click", "rich")
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,11 +144,20 @@ def replayed_inputs(record: Record, folder: Path, image: Path | None, maps: MapS
         if said.get("kind") == "words":
             maps = MapSource(map=said["name"], white=white)
         elif said.get("kind") == "mask":
-            softness = float(said.get("softness", 0))
+            softness = _recorded_softness(said.get("softness", "0"))
             maps = MapSource(mask=_recorded_file(record, "change_map", folder), softness=softness, white=white)
         else:
             maps = MapSource(map=_recorded_file(record, "change_map", folder), white=white)
     return image, maps
+
+
+def _recorded_softness(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(
+            f"the recorded softness is {text[:60]!r}, expected a number; give --mask and --softness"
+        ) from None
 
 
 def _recorded_file(record: Record, role: str, folder: Path) -> Path:

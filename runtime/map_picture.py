@@ -80,4 +80,6 @@ def _draw_scale(
             draw.text(((x0 + x1) / 2, top + 31), str(k), fill=ink, font=font, anchor="mm")
     full = share[steps] if steps > 0 else 0.0
     shares = f"0 (kept): {share[0]:.0%}, some: {share[1:steps].sum():.0%}, all {steps}: {full:.0%}"
-    draw.text((left, top + 47), f"evaluations that may change a cell   {shares}", fill=_INK, font=font, anchor="lm")
+    words = f"evaluations that may change a cell   {shares}"
+    fits = font.getlength(words) <= right - left
+    draw.text((left, top + 47), words if fits else shares, fill=_INK, font=font, anchor="lm")
