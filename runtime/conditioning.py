@@ -28,7 +28,7 @@ _SHOWN = 240  # characters of a cut prompt that a notice quotes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conditioning:
+class EncodedPrompt:
     """What the UNet is told.
 
     context: (1, tokens, width) float32. pooled: (1, d) float32 or None if the encoder has none.
@@ -63,7 +63,7 @@ def encode_prompt(
     clip_skip: int = 1,
     emphasis: Emphasis = "original",
     pad: int | None = None,
-) -> Conditioning:
+) -> EncodedPrompt:
     """Encode one prompt.
 
     Args:
@@ -93,7 +93,7 @@ def encode_prompt(
         states.append(emphasise(encoded[ids][0], chunk.weights, emphasis))
     pooled = encoded[chunk_ids(tokenizer, chunks[0], pad)][1]
     notices = (*unsupported(text), *_unknown_notices(tokenizer, spans), *_cut_notices(tokenizer, cut, tokens))
-    return Conditioning(context=np.concatenate(states, axis=1), pooled=pooled, notices=notices)
+    return EncodedPrompt(context=np.concatenate(states, axis=1), pooled=pooled, notices=notices)
 
 
 def split_chunks(tokenizer: Tokenizer, spans: Iterable[Span], *, limit: int) -> tuple[list[Chunk], list[int | None]]:

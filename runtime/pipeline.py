@@ -29,8 +29,7 @@ from glassine import __version__
 from glassine.errors import PackageError, RequestError
 from glassine.manifest import Manifest
 from glassine.runtime.change_map import n_table, to_cells
-from glassine.runtime.conditioning import Conditioning as EncodedPrompt
-from glassine.runtime.conditioning import encode_prompt
+from glassine.runtime.conditioning import EncodedPrompt, encode_prompt
 from glassine.runtime.decode import SD1_PREVIEW, composite, decode_latents, measure_preview, preview
 from glassine.runtime.denoiser import Conditioning, Denoiser, Guidance
 from glassine.runtime.engine import Engine, EngineOptions, open_engine

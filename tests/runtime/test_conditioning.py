@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from glassine.errors import EngineError, RequestError
-from glassine.runtime.conditioning import Conditioning, chunk_ids, encode_prompt, split_chunks
+from glassine.runtime.conditioning import EncodedPrompt, chunk_ids, encode_prompt, split_chunks
 from glassine.runtime.prompt import Span, parse_prompt
 from glassine.runtime.tokenizer import BOS, EOS, Tokenizer, byte_symbols
 
@@ -300,5 +300,5 @@ def test_weights_without_measure_are_refused(clip: Tokenizer, weight: str) -> No
 
 def test_an_encoder_without_pooled_output(clip: Tokenizer) -> None:
     found = encode_prompt(answer(last_hidden_state=LAST), clip, "a")
-    assert isinstance(found, Conditioning)
+    assert isinstance(found, EncodedPrompt)
     assert found.pooled is None
