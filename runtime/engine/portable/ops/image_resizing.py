@@ -10,7 +10,7 @@ from glassine.errors import EngineError
 from glassine.runtime.engine.portable.registry import Ints, op
 
 
-def _grid(mode: str, before: int | Tensor, after: int, *, like: Tensor) -> Tensor:
+def _grid(mode: str, before: int, after: int, *, like: Tensor) -> Tensor:
     """Return the `after` positions on an axis of `before` cells that a sampling mode reads, unclamped."""
     index = torch.arange(after, device=like.device, dtype=torch.float32)
     if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
@@ -20,8 +20,7 @@ def _grid(mode: str, before: int | Tensor, after: int, *, like: Tensor) -> Tenso
     if mode == "DEFAULT":
         return index * (before / after)
     if mode == "OFFSET_CORNERS":
-        delta = (before - 1) / after if isinstance(before, Tensor) else max(1, before - 1) / after
-        return (index + 0.5) * delta
+        return (index + 0.5) * (max(1, before - 1) / after)
     if mode == "UNALIGN_CORNERS":
         return (index + 0.5) * (before / after) - 0.5
     raise EngineError(f"sampling mode {mode!r} is unknown; expected one of resize_bilinear's")
@@ -109,55 +108,6 @@ def crop(x: Tensor, crop_height: Ints, crop_width: Ints) -> Tensor:
     for axis, (before, after) in ((-2, crop_height), (-1, crop_width)):
         x = x.narrow(axis, before, x.shape[axis] - before - after)
     return x
-
-
-@op("crop_resize")
-def crop_resize(
-    x: Tensor,
-    roi: Tensor | None = None,
-    boxes: Tensor | None = None,
-    box_indices: Tensor | None = None,
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-    pad_value: float = 0.0,
-) -> Tensor:
-    """Crops of x, resized: (N, C, h, w) for `boxes` (iOS 17); (N, B or 1, C, h, w) for `roi` (N, 1, 4 or 5, 1, 1)."""
-    if roi is not None:
-        rows = roi.reshape(roi.shape[0], -1)
-        owners = rows[:, 0].long() if rows.shape[1] == 5 else None
-        boxes = rows[:, -4:]
-    else:
-        assert boxes is not None
-        owners = box_indices.long() if box_indices is not None else torch.arange(boxes.shape[0], device=x.device)
-    edges = _corners(boxes.float() * spatial_scale, box_coordinate_mode)
-    if normalized_coordinates:
-        edges = edges * (torch.tensor([x.shape[2], x.shape[3]] * 2, device=x.device) - 1)
-    crops = []
-    for number, (top, left, bottom, right) in enumerate(edges.unbind(0)):
-        images = x if owners is None else x[owners[number]].unsqueeze(0)
-        for axis, start, end, size in ((-2, top, bottom, target_height), (-1, left, right, target_width)):
-            positions = start + _grid(sampling_mode, end - start + 1, size, like=x)
-            inside = (positions >= 0) & (positions <= images.shape[axis] - 1)
-            shape = [-1 if a == axis + images.ndim else 1 for a in range(images.ndim)]
-            read = _lerp(images, axis, positions)
-            images = torch.where(inside.reshape(shape), read, torch.full_like(read, pad_value))
-        crops.append(images)
-    stacked = torch.stack(crops)
-    return stacked if roi is not None else stacked.squeeze(1)
-
-
-def _corners(boxes: Tensor, mode: str) -> Tensor:
-    """Return boxes as (top, left, bottom, right)."""
-    if mode.endswith("WIDTH_FIRST"):
-        boxes = boxes[:, [1, 0, 3, 2]]
-    if mode.startswith("CENTER_SIZE"):
-        centre, size = boxes[:, :2], boxes[:, 2:]
-        boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-    return boxes
 
 
 @op("resample")

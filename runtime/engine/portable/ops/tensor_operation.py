@@ -14,7 +14,8 @@ from glassine.runtime.engine.portable.registry import Ints, Node, Tensors, op
 
 @op("concat")
 def concat(values: Tensors, axis: int, interleave: bool = False) -> Tensor:
-    """Join along `axis`; interleaved, the tensors take turns."""
+    """Join along `axis`; interleaved, the tensors take turns. Scalars count as tensors of one element."""
+    values = [value.reshape(1) if value.ndim == 0 else value for value in values]
     if interleave:
         axis %= values[0].ndim
         return torch.stack(values, axis + 1).flatten(axis, axis + 1)
