@@ -92,7 +92,10 @@ class Collector:
         for pattern in _NOT_COVERED:
             match = pattern.search("\n".join(lines))
             if match:
-                self.uncovered.update({re.sub(r" x\d+", "", what) for what in match.group("what").split(", ")})
+                # Operations are listed as "a x1, b x2".
+                whole = match.group("what")
+                kinds = {name for name, _ in re.findall(r"(\w+) x(\d+)", whole)}
+                self.uncovered.update(kinds if kinds else {whole})
                 return "not covered"
         if self.predictions == self._before and not any("glassine" in line for line in lines):
             self.broken.append(report.nodeid)

@@ -347,3 +347,13 @@ def test_registering_an_operation_twice_is_refused():
         @op("conv")
         def conv(x: Tensor) -> Tensor:
             return x
+
+
+def test_scalars_gather_and_concatenate(run):
+    x = np.array([5.0, 6.0], np.float32)
+
+    def build(x):
+        first, last = (mb.gather(x=x, indices=np.int32(i), axis=0) for i in (0, 1))
+        return mb.concat(values=(last, first), axis=0)
+
+    np.testing.assert_array_equal(run(build, opset=ct.target.iOS16, x=x)[0], [6, 5])

@@ -33,13 +33,13 @@ def gather(
     index = positions(indices, x.shape[axis], validate_indices)
     if batch_dims == 0:
         taken = x.index_select(axis, index.reshape(-1))
-        return taken.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+        return taken.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
     rows = x.flatten(0, batch_dims - 1) if batch_dims > 1 else x
     index = index.flatten(0, batch_dims - 1) if batch_dims > 1 else index
     old, axis = axis, axis - batch_dims + 1
     taken = torch.stack([row.index_select(axis - 1, i.reshape(-1)) for row, i in zip(rows, index, strict=True)])
     taken = taken.reshape(len(rows), *x.shape[batch_dims:old], *index.shape[1:], *x.shape[old + 1 :])
-    return taken.reshape(*x.shape[:batch_dims], *taken.shape[1:])
+    return taken.reshape((*x.shape[:batch_dims], *taken.shape[1:]))
 
 
 @op("gather_nd")
@@ -48,7 +48,7 @@ def gather_nd(x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices:
     if batch_dims:
         rows, index = x.flatten(0, batch_dims - 1), indices.flatten(0, batch_dims - 1)
         taken = torch.stack([gather_nd(row, i, 0, validate_indices) for row, i in zip(rows, index, strict=True)])
-        return taken.reshape(*x.shape[:batch_dims], *taken.shape[1:])
+        return taken.reshape((*x.shape[:batch_dims], *taken.shape[1:]))
     return x[
         tuple(positions(part, size, validate_indices) for part, size in zip(indices.unbind(-1), x.shape, strict=False))
     ]
