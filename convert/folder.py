@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -196,11 +197,10 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
         raise PackageError(f"{out}: exists; choose another folder or pass --overwrite to replace it")
     if not (out / FILE_NAME).is_file():
         raise PackageError(f"{out}: has no {FILE_NAME}, so Glassine did not make it and does not replace it")
-    known = {FILE_NAME, VOCABULARY, MERGES, ".DS_Store"}
+    packages = rf"({'|'.join(PACKAGES.values())})(_\d+x\d+)?\.(mlpackage|mlmodelc)"
+    texts = {FILE_NAME, VOCABULARY, MERGES, ".DS_Store"}
     strangers = sorted(
-        entry.name
-        for entry in out.iterdir()
-        if entry.name not in known and entry.suffix not in {".mlpackage", ".mlmodelc"}
+        entry.name for entry in out.iterdir() if entry.name not in texts and not re.fullmatch(packages, entry.name)
     )
     if strangers:
         raise PackageError(f"{out}: also holds {shorten(strangers)}, which would be lost; move it away first")

@@ -285,8 +285,9 @@ def test_an_existing_folder_is_replaced_only_on_request_and_only_if_it_is_ours(t
         convert_checkpoint(tiny_checkpoint, out, text)
     convert_checkpoint(tiny_checkpoint, out, dataclasses.replace(over, name="again"))
     assert Manifest.read(out).name == "again"
+    (out / "Control.mlpackage").mkdir()
     (out / "picture.png").write_text("mine")
-    with pytest.raises(PackageError, match=r"also holds picture\.png, which would be lost"):
+    with pytest.raises(PackageError, match=r"also holds Control\.mlpackage, picture\.png, which would be lost"):
         convert_checkpoint(tiny_checkpoint, out, over)
     (out / "glassine.json").unlink()
     with pytest.raises(PackageError, match="Glassine did not make it and does not replace it"):
