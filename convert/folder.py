@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 import threading
@@ -159,7 +160,8 @@ def convert_checkpoint(
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if "text_encoder" in roles else {}
     with _digests(checkpoint, {_SOURCES[role] for role in roles}, skip=options.dry_run) as digest:
-        packages = _plan(checkpoint, detected, roles, options, report)
+        with _collector_off():
+            packages = _plan(checkpoint, detected, roles, options, report)
         if options.dry_run:
             return _manifest(checkpoint, detected, packages, options, {})
         with replacing(out, overwrite=options.overwrite) as fresh:
@@ -230,6 +232,18 @@ def _plan(
     _check_all_used(checkpoint, detected, roles, asked)
     report(Progress("graphs", "", len(jobs), len(jobs)))
     return packages
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Spare the garbage collector a graph of a million objects that all stay: a fifth of the time to write it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _network(role: Role, detected: Detected, weights: Requests, size: Size, options: ConvertOptions) -> Program:
