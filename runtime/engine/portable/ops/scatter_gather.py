@@ -2,7 +2,7 @@
 
 Up to iOS 16 negative positions count from the end, and one out of range is an error here. From iOS 17 on
 (`validate_indices` is given) negative ones are out of range too; that is an error if it is true, and undefined but
-safe if it is false: here the nearest cell.
+safe if it is false: here the nearest cell is read, and nothing written.
 """
 
 from __future__ import annotations
@@ -60,6 +60,14 @@ def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0, validate_indice
     return torch.take_along_dim(x, positions(indices, x.shape[axis], validate_indices), axis)
 
 
+def targets(indices: Tensor, size: int, validate: bool | None) -> Tensor:
+    """Return indices as int64 positions to write to, -1 for those out of range where that is no error."""
+    indices = indices.long()
+    if validate is False:
+        return torch.where(indices < size, indices, -1)
+    return positions(indices, size, validate)
+
+
 @op("scatter")
 def scatter(
     data: Tensor,
@@ -71,7 +79,7 @@ def scatter(
 ) -> Tensor:
     """Write whole slices along `axis`."""
     axis %= data.ndim
-    index = positions(indices, data.shape[axis], validate_indices)
+    index = targets(indices, data.shape[axis], validate_indices)
     # The axes of `indices` stand at `axis` in `updates`: bring both to the front.
     target = data.movedim(axis, 0).clone()
     source = updates.movedim(tuple(range(axis, axis + index.ndim)), tuple(range(index.ndim)))
@@ -89,7 +97,7 @@ def scatter_along_axis(
 ) -> Tensor:
     """Write single elements along `axis`; `indices` has the rank of data."""
     index = list(torch.meshgrid([torch.arange(n, device=data.device) for n in indices.shape], indexing="ij"))
-    index[axis] = positions(indices, data.shape[axis], validate_indices)
+    index[axis] = targets(indices, data.shape[axis], validate_indices)
     return _combine(data.clone(), tuple(index), updates, mode)
 
 
@@ -99,13 +107,17 @@ def scatter_nd(
 ) -> Tensor:
     """The last axis of `indices` is a position in data; after it, whole slices."""
     index = tuple(
-        positions(part, size, validate_indices) for part, size in zip(indices.unbind(-1), data.shape, strict=False)
+        targets(part, size, validate_indices) for part, size in zip(indices.unbind(-1), data.shape, strict=False)
     )
     return _combine(data.clone(), index, updates, mode)
 
 
 def _combine(target: Tensor, index: tuple[Tensor, ...], source: Tensor, mode: str) -> Tensor:
-    """Write into target[index]; modes other than update accumulate over repeated positions."""
+    """Write into target[index] where no position is negative; modes other than update accumulate over repeats."""
+    index = tuple(part.reshape(-1) for part in torch.broadcast_tensors(*index))
+    kept = torch.stack([part >= 0 for part in index]).all(0)
+    source = source.reshape(kept.numel(), *target.shape[len(index) :])[kept]
+    index = tuple(part[kept] for part in index)
     if mode == "update":
         return target.index_put_(index, source)
     if mode in ("add", "sub"):
