@@ -114,7 +114,7 @@ def scatter_nd(
 
 def _combine(target: Tensor, index: tuple[Tensor, ...], source: Tensor, mode: str) -> Tensor:
     """Write into target[index] where no position is negative; modes other than update accumulate over repeats."""
-    index = tuple(part.reshape(-1) for part in torch.broadcast_tensors(*index))
+    index = tuple(part.reshape(-1) for part in torch.broadcast_tensors(*index))  # type: ignore[no-untyped-call]
     kept = torch.stack([part >= 0 for part in index]).all(0)
     source = source.reshape(kept.numel(), *target.shape[len(index) :])[kept]
     index = tuple(part[kept] for part in index)
