@@ -52,10 +52,32 @@ RANGES = {
 EMOJI = ["👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "❤️", "1️⃣", "🧑‍🚀", "🐱"]
 QUOTES = ["“", "”", "‘", "’", "„", "«", "»", "…", "–", "—", "ﬁ", "ﬂ", "ŉ"]
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\u200b", "\u2028", "\x85", "\x0b"]
-CONTROLS = ["\x00", "\x07", "\x1b[31m", "\x1b", "\x7f", "\ufeff", "\u202e", "\u200d", "\ufffd", "\x9f", "\ud83d", "\udc00"]
+CONTROLS = [
+    "\x00",
+    "\x07",
+    "\x1b[31m",
+    "\x1b",
+    "\x7f",
+    "\ufeff",
+    "\u202e",
+    "\u200d",
+    "\ufffd",
+    "\x9f",
+    "\ud83d",
+    "\udc00",
+]
 ENTITIES = ["&amp;", "&lt;", "&gt;", "&quot;", "&eacute;", "&EACUTE;", "&#39;", "&#x1F431;", "&amp;amp;", "&amp;lt;", "&nbsp;",
             "&notanentity;", "&", "&#0;", "&#xD800;", "&hellip"]  # fmt: skip
-SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>", "<START_OF_TEXT>", "</w>", "a</w>", "!</w>"]
+SPECIALS = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<start_of_text>",
+    "<end_of_text>",
+    "<START_OF_TEXT>",
+    "</w>",
+    "a</w>",
+    "!</w>",
+]
 
 
 def letters(rng: random.Random, most: int = 12) -> str:
@@ -93,7 +115,23 @@ def piece(rng: random.Random) -> str:
 
 def strings() -> list[str]:
     rng = random.Random(20)
-    made = ["", " ", "a", "!", "\n", "İ", "ς Σ ΑΣ", "'S", "it'ſ", "<ſtart_of_text>", "<end_of_text>", "x" * 500, "é" * 300, "ab" * 250, "🐱" * 60]
+    made = [
+        "",
+        " ",
+        "a",
+        "!",
+        "\n",
+        "İ",
+        "ς Σ ΑΣ",
+        "'S",
+        "it'ſ",
+        "<ſtart_of_text>",
+        "<end_of_text>",
+        "x" * 500,
+        "é" * 300,
+        "ab" * 250,
+        "🐱" * 60,
+    ]
     while len(made) < COUNT:
         pieces = [piece(rng) for _ in range(rng.randint(1, 9))]
         text = "".join(p + rng.choice(["", " ", " ", ", ", rng.choice(SPACES)]) for p in pieces)

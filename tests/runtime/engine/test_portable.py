@@ -224,7 +224,7 @@ def test_fusing_changes_nothing_but_rounding(package, monkeypatch, name):
     fused = PortableEngine(path).predict(x=X)["out0"]
     monkeypatch.setattr("glassine.runtime.engine.portable.executor.fuse", lambda body: body)
     plain = PortableEngine(path).predict(x=X)["out0"]
-    np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=2e-6)  # measured 9.5e-7 absolute
+    np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=2e-6)  # measured: 1.2e-8 beyond rtol
 
 
 def test_what_is_read_elsewhere_is_not_fused(package):
@@ -281,7 +281,7 @@ def test_weights_are_held_once(package, python):
     path = package(build, x=np.ones((1, 2048), np.float32))
     loaded, after_one, after_many, peak = map(float, python(MEMORY, path).split())
     dense = 12 * 2048 * 2048 * 4 / 1e6
-    assert loaded < dense + 60  # measured 222 MB for 201 MB of weights
+    assert loaded < dense + 60  # measured 248 MB for 201 MB of weights
     assert after_one < dense + 90  # buffers of the matrix products
     assert after_many < after_one + 20
     assert peak < dense + 140  # the pages of the file in use, 64 MB at most
