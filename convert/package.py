@@ -28,8 +28,8 @@ from glassine.convert.program import BLOB_DTYPES, Lowered, Plan, Record, Weight
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError, PackageError
 
-# Bytes that are read, checked and written at a time: they stay in the processor's cache in between. Letting the kernel
-# copy (copy_file_range) was measured and is no faster, as the check for NaN has to read every byte anyway.
+# Bytes that are read, checked and written at a time: they stay in the processor's cache in between. The kernel could
+# copy by itself (copy_file_range), but the check for NaN has to read every byte anyway.
 _CHUNK = 1 << 19
 _WRITERS = 2
 _MODEL = "com.apple.CoreML/model.mlmodel"

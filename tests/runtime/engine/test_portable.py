@@ -261,7 +261,9 @@ engine.predict(x=x)
 base = resident() - before
 for _ in range(3):
     engine.predict(x=x)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+# Not ru_maxrss: that begins with what the parent held when it forked.
+with open("/proc/self/status") as f:
+    peak = next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024 / 1e6 - before
 print(loaded, base, resident() - before, peak)
 """
 
