@@ -20,7 +20,8 @@ from glassine.runtime import pipeline
 from glassine.runtime.request import Request
 
 class Stub:
-    def __init__(self, outputs): self.arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in outputs.items()}
+    def __init__(self, outputs):
+        self.arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in outputs.items()}
     def predict(self, **_): return self.arrays
     def close(self): pass
 
@@ -49,10 +50,10 @@ def main() -> None:
     memory: dict[str, list[float]] = {"glassine": [], "diffusers": []}
     with tempfile.TemporaryDirectory() as scratch:
         for name, code in {"glassine": OURS, "diffusers": THEIRS}.items():
-            (Path(scratch) / f"{name}.py").write_text(code, encoding="utf-8")
+            (Path(scratch) / f"run_{name}.py").write_text(code, encoding="utf-8")
         for round_ in range(asked.repeats + 1):
-            for name in seconds:
-                wall, peak = measure.child([sys.executable, f"{scratch}/{name}.py", str(asked.model)])
+            for name in ("glassine", "diffusers"):
+                wall, peak = measure.child([sys.executable, f"{scratch}/run_{name}.py", str(asked.model)])
                 if round_:  # the first fills the page cache
                     seconds[name].append(wall)
                     memory[name].append(peak)

@@ -8,8 +8,9 @@ from glassine.cli import main
 
 INTRODUCTION = """# The command
 
-Written by `python docs/write_cli_reference.py` from the help texts. Results go to stdout (paths, or one JSON object with `--json`),
-everything else to stderr. Exit codes: 0 done, 1 it could not be done (the message says what to do), 2 it was asked for wrongly.
+Written by `python docs/write_cli_reference.py` from the help texts. Results go to stdout (paths, or one JSON object
+with `--json`), everything else to stderr. Exit codes: 0 done, 1 it could not be done (the message says what to do),
+2 it was asked for wrongly.
 """
 
 

@@ -102,7 +102,9 @@ def test_preview_leaves_the_last_steps_picture(glassine, tiny_folder, tmp_path):
 
 
 def test_map_shows_the_plan_without_a_model(glassine, photo, tmp_path):
-    result = glassine("map", "--image", photo, "--map", "gradient:left-right", "--steps", 10, "-o", "plan.png", "--json")
+    result = glassine(
+        "map", "--image", photo, "--map", "gradient:left-right", "--steps", 10, "-o", "plan.png", "--json"
+    )
     assert json.loads(result.stdout) == {"path": "plan.png", "evaluations": 10}
     assert pixels(tmp_path / "plan.png").std() > 20
 
