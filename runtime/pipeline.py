@@ -271,7 +271,7 @@ class Run:
         return preview(step.denoised.astype(np.float32, copy=False), self._pipe.preview_matrix())
 
     def cancel(self) -> None:
-        """Stop drawing; leaving the iteration does the same."""
+        """Stop drawing for good. A loop that is merely left can still be taken up again, or finished."""
         self._generator.close()
 
     def finish(self) -> Result:

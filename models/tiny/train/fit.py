@@ -142,7 +142,7 @@ class _Step:
 
 def _capture(step: _Step) -> Callable[[], None]:
     """Run a few steps at rate zero, which lets libraries choose their kernels, and record one as a CUDA graph."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
