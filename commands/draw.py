@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from glassine.commands.options import (
 
 if TYPE_CHECKING:
     from glassine.runtime.inputs import MapSource
-    from glassine.runtime.pipeline import Pipeline, Result, Run
+    from glassine.runtime.pipeline import Result, Run
 
 
 @click.command()
@@ -57,24 +58,27 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
       glassine generate dreamshaper --from boat.png -o again.png
     """
     from glassine.runtime.image import check_output, save_png
+    from glassine.runtime.inputs import read_inputs
     from glassine.runtime.pipeline import Pipeline
+    from glassine.runtime.request import Request
 
     drawing = drawing_of(prompt, asked)
-    seed = drawing.settings.get("seed")
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        say(f"seed {seed}")
-    requests = [{**drawing.settings, "seed": seed + index} for index in range(count)]
-    paths = [output_of(out, request["seed"], count) for request in requests]
+    if "seed" not in drawing.settings:
+        drawing.settings["seed"] = secrets.randbelow(2**32)
+        say(f"seed {drawing.settings['seed']}")
+    first = Request.from_dict(drawing.settings)
+    requests = [dataclasses.replace(first, seed=first.seed + index) for index in range(count)]
+    paths = [output_of(out, request.seed, count) for request in requests]
     for path in paths:
         check_output(path, overwrite=asked["overwrite"])
     with Pipeline.load(model, engine_of(asked), size=drawing.size) as pipe:
+        inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=first.fit)
         for path, request in zip(paths, requests, strict=True):
-            result = draw(pipe, request, drawing, asked["preview"])
+            result = watch(pipe.run(request, inputs), asked["preview"])
             save_png(
                 path, result.pixels, text=result.text, icc_profile=result.icc_profile, overwrite=asked["overwrite"]
             )
-            report = {"path": str(path), "seed": request["seed"], "evaluations": result.evaluations}
+            report = {"path": str(path), "seed": request.seed, "evaluations": result.evaluations}
             give({**report, "seconds": result.seconds, "notices": result.notices}, str(path), as_json)
 
 
@@ -121,16 +125,6 @@ def output_of(out: Path | None, seed: int, count: int) -> Path:
     if out is None:
         return Path(f"glassine-{seed}.png")
     return out if count == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}")
-
-
-def draw(pipe: Pipeline, settings: dict[str, Any], drawing: Drawing, preview: Path | None = None) -> Result:
-    """Draw one picture."""
-    from glassine.runtime.inputs import read_inputs
-    from glassine.runtime.request import Request
-
-    request = Request.from_dict(settings)
-    inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=request.fit)
-    return watch(pipe.run(request, inputs), preview)
 
 
 def watch(run: Run, preview: Path | None = None) -> Result:

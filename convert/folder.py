@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -420,33 +421,30 @@ def _digests(
     begins at once, so that on a cold disk it also reads the file ahead of the copying.
     """
     files = {part: _files(checkpoint, part) for part in parts}
-    results: dict[tuple[Path, ...], str] = {}
-    errors: list[OSError] = []
     stop = threading.Event()
 
-    def work() -> None:
+    def work() -> dict[tuple[Path, ...], str]:
+        return {group: _sha256(group, stop) for group in sorted(set(files.values()))}
+
+    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+        hashed = None if skip else pool.submit(work)
+
+        def wait() -> dict[SourcePart, str]:
+            if hashed is None:
+                return {}
+            try:
+                digests = hashed.result()
+            except (OSError, ValueError) as error:  # ValueError: the file became shorter than its window
+                raise CheckpointError(
+                    f"{checkpoint.path}: cannot be read to its end ({error}); expected a file that nothing else "
+                    "changes while it is converted: try again"
+                ) from None
+            return {part: digests[group] for part, group in files.items()}
+
         try:
-            for group in sorted(set(files.values())):
-                results[group] = _sha256(group, stop)
-        except OSError as error:
-            errors.append(error)
-
-    def wait() -> dict[SourcePart, str]:
-        while thread.is_alive():
-            thread.join(0.1)  # in slices: Ctrl-C is heard between them
-        if errors:
-            raise CheckpointError(f"{checkpoint.path}: cannot be read ({errors[0].strerror})")
-        return {part: results[group] for part, group in files.items()}
-
-    thread = threading.Thread(target=work, name="sha256")
-    if not skip:
-        thread.start()
-    try:
-        yield wait
-    finally:
-        stop.set()
-        if not skip:
-            thread.join()
+            yield wait
+        finally:
+            stop.set()
 
 
 def _files(checkpoint: Checkpoint, part: SourcePart) -> tuple[Path, ...]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 FAST = ("--steps", 2, "--sampler", "euler")
 
@@ -94,6 +95,27 @@ def test_from_refuses_a_source_that_has_changed(glassine, tiny_folder, photo, tm
     assert result.exit_code == 1
     assert "photo.png: changed since the picture was drawn from it; give the image with --image" in result.stderr
     assert not (tmp_path / "second.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "7"}, "setting 'seed' is '7', expected int"),
+        ({"seed": None}, "setting 'seed' is None, expected int"),
+        ({"magic": 1}, "unknown settings ['magic']"),
+    ],
+)
+def test_from_refuses_settings_that_make_no_sense(glassine, tiny_folder, tmp_path, change, message):
+    glassine("generate", tiny_folder, "a cat", *FAST, "--seed", 3, "-o", "first.png")
+    with Image.open(tmp_path / "first.png") as image:
+        record = json.loads(image.info["glassine"])
+        record["request"] |= change
+        info = PngInfo()
+        info.add_text("glassine", json.dumps(record))
+        image.save(tmp_path / "forged.png", pnginfo=info)
+    result = glassine("generate", tiny_folder, "--from", "forged.png", "-o", "second.png")
+    assert result.exit_code == 1
+    assert message in result.stderr
 
 
 def test_preview_leaves_the_last_steps_picture(glassine, tiny_folder, tmp_path):
