@@ -20,7 +20,9 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 class Part:
     """One package of the folder.
 
-    inputs, outputs: name -> [shape, dtype]. source, source_sha256: the weights file it was made of.
+    inputs, outputs: name -> [shape, dtype]. source, source_sha256: the weights file it was made of. config: the
+    network's description (`models.config`), from which its graph can be written again without the source. about: what
+    only this kind of part has to say.
     """
 
     file: str
@@ -34,6 +36,8 @@ class Part:
     attention: str | None = None
     layout: str | None = None
     palette: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

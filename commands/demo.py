@@ -21,8 +21,9 @@ from glassine.runtime.engine import EngineOptions
 from glassine.runtime.fan import columns, fan_map, label
 from glassine.runtime.image import save_png
 from glassine.runtime.map_picture import render
-from glassine.runtime.pipeline import Pipeline, sigmas_of
+from glassine.runtime.pipeline import Pipeline
 from glassine.runtime.request import Request
+from glassine.runtime.run import sigmas_of
 from glassine.runtime.schedule import STABLE_DIFFUSION
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "tiny.safetensors"

@@ -28,7 +28,7 @@ from glassine.commands.options import (
 
 if TYPE_CHECKING:
     from glassine.runtime.inputs import MapSource
-    from glassine.runtime.pipeline import Result, Run
+    from glassine.runtime.run import Result, Run
 
 
 @click.command()
@@ -170,8 +170,8 @@ def show_map(out: Path, as_json: bool, **asked: Any) -> None:
     from glassine.runtime.image import check_output, read_picture, save_png
     from glassine.runtime.inputs import read_inputs
     from glassine.runtime.map_picture import render
-    from glassine.runtime.pipeline import sigmas_of
     from glassine.runtime.request import Request
+    from glassine.runtime.run import sigmas_of
     from glassine.runtime.schedule import STABLE_DIFFUSION, last_steps
 
     check_output(out, overwrite=asked["overwrite"])

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import hashlib
-import mmap
-import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,13 +15,14 @@ from typing import TYPE_CHECKING, Literal
 from glassine import __version__
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
 from glassine.convert.detect import Detected, detect
+from glassine.convert.digest import digests
 from glassine.convert.names import Part as SourcePart
 from glassine.convert.package import check_space, replacing, write_files
 from glassine.convert.program import Description, Lowered, Requests, lower
 from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
 from glassine.manifest import FILE_NAME, Manifest, Part
-from glassine.models.config import Attention, Layout, Prediction
+from glassine.models.config import Attention, Family, Layout, Prediction, TextEncoderConfig, UNetConfig, VAEConfig
 
 if TYPE_CHECKING:
     from coremltools.converters.mil.mil import Program
@@ -66,7 +63,6 @@ _FEATURES = {
     "x": "The picture, RGB, -1 to 1.",
     "latent": "Mean and logarithm of the variance of the latent, not multiplied by the latent scale.",
 }
-_WINDOW = 32 << 20  # bytes
 _LONGEST_AXIS = 16384  # of the Neural Engine, for which `split` is written
 
 
@@ -163,7 +159,7 @@ def convert_checkpoint(
     roles = _roles(checkpoint, detected, options)
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if "text_encoder" in roles else {}
-    with _digests(checkpoint, {_SOURCES[role] for role in roles}, skip=options.dry_run) as digest:
+    with digests(checkpoint, {_SOURCES[role] for role in roles}, skip=options.dry_run) as digest:
         with _collector_off():
             packages = _plan(checkpoint, detected, roles, options, report)
         if options.dry_run:
@@ -381,7 +377,7 @@ def _manifest(
         tokens=options.tokens,
         latent_scale=family.latent_scale,
         clip_skip=1,
-        parts={_part_key(package): _part(checkpoint, package, options, digests) for package in packages},
+        parts={_part_key(package): _part(checkpoint, detected, package, options, digests) for package in packages},
         scheduler=detected.scheduler,
         versions={"glassine": __version__, "coremltools": version("coremltools")},
     )
@@ -393,8 +389,16 @@ def _part_key(package: _Planned) -> str:
     return f"{package.role}_{size}" if size else package.role
 
 
+def _config(role: Role, family: Family) -> UNetConfig | VAEConfig | TextEncoderConfig:
+    return {"unet": family.unet, "text_encoder": family.text_encoders[0]}.get(role, family.vae)
+
+
 def _part(
-    checkpoint: Checkpoint, package: _Planned, options: ConvertOptions, digests: Mapping[SourcePart, str]
+    checkpoint: Checkpoint,
+    detected: Detected,
+    package: _Planned,
+    options: ConvertOptions,
+    digests: Mapping[SourcePart, str],
 ) -> Part:
     has_form = package.role != "text_encoder"
     return Part(
@@ -408,66 +412,5 @@ def _part(
         source_sha256=digests.get(_SOURCES[package.role], ""),
         attention=options.attention if has_form else None,
         layout=options.layout if has_form else None,
+        config=dataclasses.asdict(_config(package.role, detected.family)),
     )
-
-
-@contextmanager
-def _digests(
-    checkpoint: Checkpoint, parts: set[SourcePart], *, skip: bool
-) -> Iterator[Callable[[], dict[SourcePart, str]]]:
-    """Hash the source in a thread beside the conversion; the function given waits for the sha256 of each part.
-
-    The digest is that of the part's file, or of its shards one after the other in the order of their names. Hashing
-    begins at once, so that on a cold disk it also reads the file ahead of the copying.
-    """
-    files = {part: _files(checkpoint, part) for part in parts}
-    stop = threading.Event()
-
-    def work() -> dict[tuple[Path, ...], str]:
-        return {group: _sha256(group, stop) for group in sorted(set(files.values()))}
-
-    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
-        hashed = None if skip else pool.submit(work)
-
-        def wait() -> dict[SourcePart, str]:
-            if hashed is None:
-                return {}
-            try:
-                digests = hashed.result()
-            except (OSError, ValueError) as error:  # ValueError: the file became shorter than its window
-                raise CheckpointError(
-                    f"{checkpoint.path}: cannot be read to its end ({error}); expected a file that nothing else "
-                    "changes while it is converted: try again"
-                ) from None
-            return {part: digests[group] for part, group in files.items()}
-
-        try:
-            yield wait
-        finally:
-            stop.set()
-
-
-def _files(checkpoint: Checkpoint, part: SourcePart) -> tuple[Path, ...]:
-    if checkpoint.path.is_dir():
-        found = {tensor.path for key, tensor in checkpoint.tensors.items() if key.startswith(f"{part}/")}
-        return tuple(sorted(found))
-    return (checkpoint.path,)
-
-
-def _sha256(paths: tuple[Path, ...], stop: threading.Event) -> str:
-    """Hash the files as one, mapped a window at a time: no copy, and no more memory than a window.
-
-    The window is big because between two of them this thread waits for its turn at the interpreter (5 ms), which the
-    thread that writes the graphs holds all the while.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            for offset in range(0, size, _WINDOW):
-                if stop.is_set():
-                    break
-                length = min(_WINDOW, size - offset)
-                with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=offset) as window:
-                    digest.update(window)
-    return digest.hexdigest()

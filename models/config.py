@@ -6,8 +6,9 @@ Stable Diffusion checkpoints (depths, heads, extra channels, extra embeddings) i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from glassine.errors import ConversionError
 
@@ -105,6 +106,25 @@ class TextEncoderConfig:
         _check_divides("text encoder: heads", self.heads, self.width)
         if not 0 <= self.skip < self.layers:
             raise ConversionError(f"text encoder: cannot skip {self.skip} of {self.layers} layers")
+
+
+Config = TypeVar("Config", UNetConfig, VAEConfig, TextEncoderConfig)
+
+
+def restored(kind: type[Config], record: Mapping[str, Any]) -> Config:
+    """Return the description that `dataclasses.asdict` and JSON made of one.
+
+    Raises:
+        ConversionError: fields that this Glassine does not know, or numbers that describe no network.
+    """
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    try:
+        return kind(**{name: frozen(value) for name, value in record.items()})
+    except TypeError as error:
+        raise ConversionError(f"{kind.__name__}: not its fields ({error}); convert the model again") from None
 
 
 def _check_divides(what: str, divisor: int, channels: int) -> None:

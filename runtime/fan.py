@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from glassine.errors import RequestError
 from glassine.runtime.inputs import Inputs
-from glassine.runtime.pipeline import Pipeline, Result, Run
+from glassine.runtime.pipeline import Pipeline
 from glassine.runtime.request import Request
+from glassine.runtime.run import Result, Run
 
 Bytes = NDArray[np.uint8]
 CELL = 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from glassine.errors import ConversionError
-from glassine.models.config import TextEncoderConfig, UNetConfig, VAEConfig
+from glassine.models.config import TextEncoderConfig, UNetConfig, VAEConfig, restored
 from glassine.models.vae import vae_encoder
 
 
@@ -41,3 +43,13 @@ def test_vae_encoder_refuses_parts_of_a_cell() -> None:
 
     with pytest.raises(ConversionError, match="508x512 pixels; expected multiples of 8"):
         vae_encoder(VAEConfig(), weights, height=512, width=508)
+
+
+@pytest.mark.parametrize("config", [UNetConfig(heads=(5, 10, 20, 20)), VAEConfig(), TextEncoderConfig(skip=1)])
+def test_a_description_survives_json(config: UNetConfig | VAEConfig | TextEncoderConfig) -> None:
+    assert restored(type(config), json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_description_with_unknown_fields_is_refused() -> None:
+    with pytest.raises(ConversionError, match="UNetConfig.*layers_deep"):
+        restored(UNetConfig, {"layers_deep": 3})

@@ -27,8 +27,9 @@ from glassine.runtime import pipeline
 from glassine.runtime.denoiser import Denoiser
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.noise import randn
-from glassine.runtime.pipeline import Pipeline, sigmas_of
+from glassine.runtime.pipeline import Pipeline
 from glassine.runtime.request import Request
+from glassine.runtime.run import sigmas_of
 from glassine.runtime.schedule import last_steps
 
 # diffusers warns of its own ways: from_config without steps_offset, unsafe checkers, renamed arguments.

@@ -1,0 +1,232 @@
+"""One picture in the making: request and inputs -> conditioning, noise, steps -> a finished picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from glassine import __version__
+from glassine.errors import RequestError
+from glassine.runtime.change_map import n_table, to_cells
+from glassine.runtime.decode import CELL, composite, decode_latents, preview
+from glassine.runtime.denoiser import Conditioning, Denoiser, Guidance
+from glassine.runtime.inputs import Inputs
+from glassine.runtime.loop import Step, denoising_steps
+from glassine.runtime.metadata import text_chunks
+from glassine.runtime.noise import StepNoise, randn
+from glassine.runtime.request import Request
+from glassine.runtime.samplers import SAMPLERS, Sampler
+from glassine.runtime.schedule import NoiseSchedule, Sigmas, last_steps, make_sigmas
+
+if TYPE_CHECKING:
+    from glassine.runtime.pipeline import Pipeline
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished picture.
+
+    pixels: (H, W, 3) uint8. latents: (1, 4, h, w) float32. evaluations: model evaluations made. seconds: by stage.
+    notices: what the user should know. text: the PNG text chunks from which it can be drawn again.
+    """
+
+    pixels: NDArray[np.uint8]
+    latents: Float
+    evaluations: int
+    seconds: dict[str, float]
+    notices: tuple[str, ...]
+    text: dict[str, str]
+    icc_profile: bytes | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as a PIL image."""
+        return Image.fromarray(self.pixels)
+
+
+class Run:
+    """One picture in the making: iterating makes the denoising steps, `finish` those that are left and the decoding.
+
+    Attributes:
+        n: (1, 1, h, w) how many evaluations may touch each latent cell; None where there is no change map.
+        steps: denoising steps this run makes.
+        notices: what the user should know: cut prompts, resized pictures.
+    """
+
+    def __init__(self, pipe: Pipeline, request: Request, inputs: Inputs) -> None:
+        self.request = request
+        self._pipe = pipe
+        self._inputs = inputs
+        self._seconds = {"prepare": 0.0, "denoise": 0.0, "decode": 0.0}
+        self._evaluations = 0
+        self._latents: Float | None = None
+        start = time.perf_counter()
+        self._sampler = choose_sampler(request).on(pipe.schedule)
+        self._sigmas = sigmas_of(pipe.schedule, request)
+        self._source: Float | None = None
+        if inputs.image is not None:
+            self._sigmas = last_steps(self._sigmas, request.strength)
+            self._source = pipe.source_latents(inputs.image)
+        scheduled = len(self._sigmas) - 1
+        self.n = self._table()
+        self.steps = scheduled if self.n is None else int(self.n.max())
+        self._denoiser, self.notices = self._prepare_denoiser()
+        self._generator = self._draw()
+        self._seconds["prepare"] = time.perf_counter() - start
+
+    def __iter__(self) -> Iterator[Step]:
+        return self._generator
+
+    def preview(self, step: Step) -> NDArray[np.uint8]:
+        """Return a rough picture (H, W, 3) uint8 of what the step predicts, in about a millisecond."""
+        return preview(step.denoised.astype(np.float32, copy=False), self._pipe.preview_matrix())
+
+    def cancel(self) -> None:
+        """Stop drawing for good. A loop that is merely left can still be taken up again, or finished."""
+        self._generator.close()
+
+    def finish(self) -> Result:
+        """Make the steps that are left, decode, and put the protected pixels back.
+
+        Raises:
+            RequestError: the run was cancelled.
+            EngineError: a package returned something that is not a picture.
+        """
+        for _ in self._generator:
+            pass
+        if self._latents is None:
+            raise RequestError("this run was cancelled; there is no picture to finish")
+        start = time.perf_counter()
+        pixels = self._pixels(self._latents)
+        self._seconds["decode"] = time.perf_counter() - start
+        return Result(
+            pixels=pixels,
+            latents=self._latents,
+            evaluations=self._evaluations,
+            seconds=dict(self._seconds),
+            notices=self.notices,
+            text=self._text_chunks(),
+            icc_profile=self._inputs.icc_profile,
+        )
+
+    def _draw(self) -> Generator[Step, None, None]:
+        """The loop, with the time it takes counted without the caller's own."""
+        loop = denoising_steps(
+            self._denoiser,
+            self._sampler,
+            self._sigmas,
+            self._noise(),
+            source=self._source,
+            n=self.n,
+            step_noise=self._step_noise(),
+        )
+        while True:
+            start = time.perf_counter()
+            try:
+                step = next(loop)
+            except StopIteration as end:
+                self._latents = end.value
+                return
+            finally:
+                self._seconds["denoise"] += time.perf_counter() - start
+            self._evaluations = step.evaluations
+            yield step
+
+    def _table(self) -> NDArray[np.int64] | None:
+        """The n-table of the change map."""
+        if self._inputs.change_map is None:
+            return None
+        cells = to_cells(self._inputs.change_map)
+        return n_table(cells, self._sigmas, self.request.rule, total=self.request.steps, schedule=self._pipe.schedule)
+
+    def _prepare_denoiser(self) -> tuple[Denoiser, tuple[str, ...]]:
+        """The UNet with both prompts, and what there is to say about them and about the input files."""
+        request, manifest = self.request, self._pipe.manifest
+        cond, said = self._context(self._inputs.context, request.prompt)
+        uncond: Conditioning | None = None
+        said_too: tuple[str, ...] = ()
+        if request.guidance_scale != 1:
+            uncond, said_too = self._context(self._inputs.negative_context, request.negative_prompt)
+        guidance = Guidance(cond=cond, uncond=uncond, scale=request.guidance_scale, rescale=request.guidance_rescale)
+        denoiser = Denoiser(
+            lambda **arrays: self._pipe.engine("unet").predict(**arrays),
+            self._pipe.schedule,
+            guidance,
+            rows=manifest.batch,
+            prediction=manifest.prediction_type,
+        )
+        return denoiser, (*self._inputs.notices, *said, *said_too)
+
+    def _context(self, given: Float | None, prompt: str) -> tuple[Conditioning, tuple[str, ...]]:
+        """Conditioning in the UNet's layout (1, width, 1, tokens), made elsewhere or encoded here."""
+        notices: tuple[str, ...] = ()
+        if given is None:
+            encoded = self._pipe.encode(prompt, self.request)
+            given, notices = encoded.context, encoded.notices
+        return Conditioning(context=np.ascontiguousarray(given.transpose(0, 2, 1)[:, :, None])), notices
+
+    def _noise(self) -> Float:
+        """The initial noise e."""
+        width, height = self._pipe.size
+        shape = (1, 4, height // CELL, width // CELL)
+        given = self._inputs.latents
+        if given is None:
+            return randn(self.request.seed, shape, self.request.noise)
+        if given.shape != shape:
+            raise RequestError(f"latents have shape {given.shape}, expected {shape} for {width}x{height} pixels")
+        return np.asarray(given, dtype=np.float32)
+
+    def _step_noise(self) -> Callable[[int, tuple[int, ...]], Float]:
+        given = self._inputs.noise
+        if given is not None:
+            return lambda index, _: given(index)
+        return StepNoise(self.request.seed, self.request.noise)
+
+    def _pixels(self, latents: Float) -> NDArray[np.uint8]:
+        source = self._inputs.pixels
+        if source is not None and self.steps == 0:
+            return source
+        manifest = self._pipe.manifest
+        decoded = decode_latents(self._pipe.engine("vae_decoder").predict, latents, latent_scale=manifest.latent_scale)
+        if source is None or self.n is None:
+            return decoded
+        return composite(decoded, source, self.n[0, 0])
+
+    def _text_chunks(self) -> dict[str, str]:
+        """What the picture says about itself."""
+        manifest = self._pipe.manifest
+        model = {"name": manifest.name, "sha256": manifest.parts["unet"].source_sha256}
+        return text_chunks(
+            dataclasses.asdict(self.request),
+            version=__version__,
+            size=self._pipe.size,
+            model=model,
+            inputs=self._inputs.files,
+        )
+
+
+def choose_sampler(request: Request) -> Sampler:
+    """The sampler a request names, with its eta.
+
+    Raises:
+        RequestError: no such sampler, or it has no eta.
+    """
+    if request.sampler not in SAMPLERS:
+        raise RequestError(f"sampler is {request.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    sampler = SAMPLERS[request.sampler]
+    return sampler if request.eta is None else sampler.using(eta=request.eta)
+
+
+def sigmas_of(schedule: NoiseSchedule, request: Request) -> Sigmas:
+    """Return the noise levels of a request at full strength: (steps + 1,), in its spacing or its sampler's own."""
+    spacing = request.spacing if request.spacing is not None else choose_sampler(request).spacing
+    return make_sigmas(schedule, request.steps, spacing)
