@@ -21,7 +21,7 @@ from typing import Any
 
 from glassine.convert.checkpoint import Checkpoint, shorten
 from glassine.convert.names import Names, Part, find_layouts, map_names
-from glassine.convert.weights import FileWeights
+from glassine.convert.weights import FileWeights, WeightSource
 from glassine.errors import CheckpointError, ConversionError
 from glassine.manifest import Scheduler
 from glassine.models.config import SD15, Family, Prediction, TextEncoderConfig, UNetConfig, VAEConfig
@@ -72,7 +72,7 @@ class Detected:
 
     family: Family
     scheduler: Scheduler
-    parts: Mapping[Part, FileWeights]
+    parts: Mapping[Part, WeightSource]
     reasons: Mapping[str, str]
 
 

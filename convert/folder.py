@@ -390,7 +390,9 @@ def _part_key(package: _Planned) -> str:
 
 
 def _config(role: Role, family: Family) -> UNetConfig | VAEConfig | TextEncoderConfig:
-    return {"unet": family.unet, "text_encoder": family.text_encoders[0]}.get(role, family.vae)
+    if role == "unet":
+        return family.unet
+    return family.text_encoders[0] if role == "text_encoder" else family.vae
 
 
 def _part(

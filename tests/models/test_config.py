@@ -51,5 +51,5 @@ def test_a_description_survives_json(config: UNetConfig | VAEConfig | TextEncode
 
 
 def test_a_description_with_unknown_fields_is_refused() -> None:
-    with pytest.raises(ConversionError, match="UNetConfig.*layers_deep"):
+    with pytest.raises(ConversionError, match=r"UNetConfig.*layers_deep"):
         restored(UNetConfig, {"layers_deep": 3})
