@@ -56,7 +56,7 @@ class Manifest:
     """A converted model: sizes in pixels, `batch` rows and `tokens` per UNet call.
 
     parts: by role ("text_encoder", "unet", "vae_decoder", "vae_encoder"), and for every size beyond the first by role
-    and size ("unet_768x512").
+    and size ("unet_768x512"). defaults: settings of a picture (`runtime.request`) that this model is made for.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Manifest:
     clip_skip: int
     parts: dict[str, Part]
     scheduler: Scheduler = field(default_factory=Scheduler)
+    defaults: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -120,6 +121,8 @@ class Manifest:
                 raise ValueError(f"width, height, batch, tokens and clip_skip are {numbers}, not positive integers")
             if manifest.prediction_type not in get_args(Prediction):
                 raise ValueError(f"prediction_type is {manifest.prediction_type!r}")
+            if not isinstance(manifest.defaults, dict):
+                raise ValueError(f"defaults is {manifest.defaults!r}, not an object")
             if not manifest.sizes or type(manifest.latent_scale) is not float:
                 raise ValueError(f"latent_scale is {manifest.latent_scale!r}")
             return manifest

@@ -21,7 +21,7 @@ from glassine.runtime.history import Array
 from glassine.runtime.schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
-Branch = Literal["uncond", "cond"]
+Branch = Literal["uncond", "image", "cond"]
 Inputs = Mapping[str, NDArray[np.generic]]
 
 
@@ -39,10 +39,13 @@ class Conditioning:
 
     context: (B or 1, D, 1, T) float32, the text encoder's output in Apple's layout.
     extra: further inputs of the network by name, such as SDXL's `time_ids` and `text_embeds`.
+    channels: (B or 1, k, h, w) float32, given to the network behind the channels of x as they are, such as an
+        inpainting model's mask and masked picture; None = there are none.
     """
 
     context: NDArray[np.float32]
     extra: Inputs = field(default_factory=dict)
+    channels: NDArray[np.float32] | None = None
 
     def row(self, picture: int) -> dict[str, NDArray[np.generic]]:
         """The inputs of one picture, without the row axis."""
@@ -61,7 +64,11 @@ class Row(NamedTuple):
 class Guidance:
     """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): uncond + scale * (cond - uncond).
 
+    With `image`, guidance has two scales (InstructPix2Pix, Brooks et al. 2022, arXiv 2211.09800, equation 3):
+    uncond + image_scale * (image - uncond) + scale * (cond - image).
+
     cond, uncond: the prompt and the negative prompt; uncond may be None at scale 1.
+    image: the picture with the negative prompt, where `uncond` has no picture either; None = one scale.
     scale: 1 draws with the prompt alone, and the network is then not called for the negative prompt at all.
     rescale: in [0, 1], how far the guided output is brought back to the spread of the unguided one, picture by picture
         (Lin et al. 2023, arXiv 2305.08891, section 3.4).
@@ -69,34 +76,48 @@ class Guidance:
 
     cond: Conditioning
     uncond: Conditioning | None = None
+    image: Conditioning | None = None
     scale: float = 7.5
+    image_scale: float = 1.5
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rescale <= 1.0:
             raise RequestError(f"guidance rescale is {self.rescale}; expected a number from 0 (off) to 1")
-        if not np.isfinite(self.scale):
-            raise RequestError(f"guidance scale is {self.scale}; expected a finite number, usually 1 to 15")
+        for name, scale in (("guidance scale", self.scale), ("image guidance scale", self.image_scale)):
+            if not np.isfinite(scale):
+                raise RequestError(f"{name} is {scale}; expected a finite number, usually 1 to 15")
+        if self.image is not None and self.uncond is None:
+            raise RequestError("guidance by a picture needs the branch without it too (uncond)")
         if self.scale != 1 and self.uncond is None:
             raise RequestError(f"guidance scale {self.scale} needs the conditioning of a negative prompt (uncond)")
 
     @property
     def branches(self) -> tuple[Branch, ...]:
         """What the network is called for, in Apple's order."""
+        if self.image is not None:
+            return ("uncond", "image", "cond")
         return ("cond",) if self.scale == 1 else ("uncond", "cond")
+
+    def conditioning(self, branch: Branch) -> Conditioning:
+        """What a branch is conditioned on."""
+        given = {"uncond": self.uncond, "image": self.image}.get(branch)
+        return self.cond if given is None else given
 
     def row(self, row: Row) -> dict[str, NDArray[np.generic]]:
         """The conditioning of one row of a network call."""
-        conditioning = self.uncond if row.branch == "uncond" and self.uncond is not None else self.cond
-        return conditioning.row(row.picture)
+        return self.conditioning(row.branch).row(row.picture)
 
     def combine(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Outputs (B, branches, C, h, w) -> guided output (B, C, h, w)."""
         cond = outputs[:, -1]
         if outputs.shape[1] == 1:
             return cond
-        uncond = outputs[:, 0]
-        guided = uncond + self.scale * (cond - uncond)
+        uncond, image = outputs[:, 0], outputs[:, 1]
+        if self.image is None:
+            guided = uncond + self.scale * (cond - uncond)
+        else:
+            guided = uncond + self.image_scale * (image - uncond) + self.scale * (cond - image)
         if self.rescale > 0:
             axes = (1, 2, 3)
             factor = cond.std(axis=axes, keepdims=True) / guided.std(axis=axes, keepdims=True)
@@ -181,9 +202,9 @@ class Denoiser:
         expected = (self._rows, *self._outputs.shape[2:])
         if output.shape != expected:
             raise EngineError(f'the network\'s output "noise_pred" has shape {output.shape}, expected {expected}')
-        first = self._guidance.branches[0]
+        branches = self._guidance.branches
         for index, (picture, branch) in enumerate(rows.rows):
-            self._outputs[picture, 0 if branch == first else 1] = output[index]
+            self._outputs[picture, branches.index(branch)] = output[index]
         used = output[: len(rows.rows)]
         if not np.isfinite(used).all():
             bad = int((~np.isfinite(used)).sum())
@@ -201,11 +222,15 @@ class _Rows:
         self.rows = rows
         padded = rows + rows[-1:] * (count - len(rows))
         self._pictures = [row.picture for row in padded]
-        self._sample = np.empty((count, *shape), dtype=np.float32)
+        # x comes and goes at every step; what stands behind its channels is written once.
+        further = [_channels(guidance.conditioning(row.branch), row.picture, shape) for row in padded]
+        sample = np.empty((count, shape[0] + len(further[0]), *shape[1:]), dtype=np.float32)
+        sample[:, shape[0] :] = further
+        self._sample = sample[:, : shape[0]]
         self._timestep = np.empty(count, dtype=np.float32)
         parts = [guidance.row(row) for row in padded]
         self.inputs: dict[str, NDArray[np.generic]] = {
-            "sample": self._sample,
+            "sample": sample,
             "timestep": self._timestep,
             **{name: np.stack([part[name] for part in parts]) for name in parts[0]},
         }
@@ -218,6 +243,14 @@ class _Rows:
                 self._sample[index] = self._sample[index - 1]
             else:
                 np.multiply(x[picture], scale, out=self._sample[index], casting="same_kind")
+
+
+def _channels(conditioning: Conditioning, picture: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The (k, h, w) channels behind x of one row; k is 0 where there are none."""
+    given = conditioning.channels
+    if given is None:
+        return np.empty((0, *shape[1:]), np.float32)
+    return given[picture if len(given) > 1 else 0]
 
 
 def _denoised(prediction: Prediction, x: Array, output: NDArray[np.float32], sigma: float) -> Array:
