@@ -10,7 +10,7 @@ from PIL import Image
 
 from glassine.errors import EngineError
 from glassine.runtime.engine.contract import Predict
-from glassine.runtime.image import to_pixels
+from glassine.runtime.image import check_finite, to_pixels
 
 Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -32,14 +32,19 @@ SD1_PREVIEW = np.array(
 
 
 def decode_latents(predict: Predict, latents: Float, *, latent_scale: float) -> Bytes:
-    """Decode latents into pixels.
+    """Decode latents into pixels (H, W, 3) uint8; the arguments and errors are those of `decode_image`."""
+    return to_pixels(decode_image(predict, latents, latent_scale=latent_scale))
+
+
+def decode_image(predict: Predict, latents: Float, *, latent_scale: float) -> Float:
+    """Decode latents.
 
     Args:
         predict: the VAE decoder: z (1, 4, h, w) -> image (1, 3, H, W), around [-1, 1].
         latents: (1, 4, h, w) float32. latent_scale: what the encoder multiplied with.
 
     Returns:
-        (H, W, 3) uint8.
+        (1, 3, H, W) float32, around [-1, 1].
 
     Raises:
         EngineError: the decoder's answer is not a picture, or holds NaN or infinity.
@@ -48,7 +53,7 @@ def decode_latents(predict: Predict, latents: Float, *, latent_scale: float) -> 
     if image is None or image.ndim != 4 or image.shape[:2] != (1, 3):
         got = "nothing" if image is None else image.shape
         raise EngineError(f'VAE decoder: output "image" is {got}, expected (1, 3, H, W)')
-    return to_pixels(image.astype(np.float32))
+    return check_finite(image.astype(np.float32))
 
 
 def composite(decoded: Bytes, source: Bytes, live: NDArray[Any], *, guard: int = 1, feather: int = CELL) -> Bytes:

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ Fit = Literal["crop", "fit", "stretch"]
 White = Literal["change", "keep"]
 Source = Path | str | Image.Image | NDArray[Any]
 Box = tuple[float, float, float, float]
+Floats = TypeVar("Floats", bound=NDArray[np.floating[Any]])
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs another program
 BACKGROUND = (255, 255, 255)  # what shows through a transparent picture; A1111's default
@@ -192,13 +193,19 @@ def to_pixels(image: NDArray[np.floating[Any]]) -> Bytes:
     Raises:
         EngineError: the picture holds NaN or infinity.
     """
+    check_finite(image)
+    scaled = np.rint(np.clip((image[0].astype(np.float32) + 1) * 127.5, 0, 255))
+    return np.ascontiguousarray(np.moveaxis(scaled, 0, -1).astype(np.uint8))
+
+
+def check_finite(image: Floats) -> Floats:
+    """Return a decoded picture; raise EngineError if it holds NaN or infinity."""
     if not np.isfinite(image).all():
         raise EngineError(
             "decoded picture: holds NaN or infinity, expected numbers around -1 to 1; the VAE overflows in fp16: "
             "run it in fp32, or convert a VAE made for fp16"
         )
-    scaled = np.rint(np.clip((image[0].astype(np.float32) + 1) * 127.5, 0, 255))
-    return np.ascontiguousarray(np.moveaxis(scaled, 0, -1).astype(np.uint8))
+    return image
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
