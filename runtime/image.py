@@ -11,10 +11,11 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,10 +248,17 @@ def save_png(
     info = PngInfo()
     for keyword, value in (text or {}).items():
         info.add_text(keyword, value)  # tEXt, which every tool reads; iTXt if Latin-1 cannot hold it
+    with replaced(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info, icc_profile=icc_profile)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name that becomes `path` when all of it is there; raises RequestError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("xb") as file:
-            Image.fromarray(pixels).save(file, format="PNG", pnginfo=info, icc_profile=icc_profile)
+            yield file
         temporary.replace(path)
     except OSError as error:
         raise RequestError(
