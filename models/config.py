@@ -7,7 +7,7 @@ Stable Diffusion checkpoints (depths, heads, extra channels, extra embeddings) i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from glassine.errors import ConversionError
@@ -23,8 +23,8 @@ class UNetConfig:
     """A Stable Diffusion UNet.
 
     `*_depths` count the transformer blocks behind each resnet, level by level in the order they run (down: `layers`
-    entries a level, up: `layers + 1`); 0 is a resnet without attention. `mid_depth` None means no mid block at all
-    (some distilled SDXL models). `heads` is per down level; the mid block uses the last, the up path the reverse.
+    entries a level, up: `layers + 1`); 0 is a resnet without attention. `mid_depth` None means no mid block at all,
+    `mid_resnets` 1 a single resnet there (some distilled models have one or the other). `heads` is per down level; the mid block uses the last, the up path the reverse.
     """
 
     in_channels: int = 4
@@ -33,6 +33,7 @@ class UNetConfig:
     layers: int = 2
     down_depths: tuple[tuple[int, ...], ...] = ((1, 1), (1, 1), (1, 1), (0, 0))
     mid_depth: int | None = 1
+    mid_resnets: int = 2
     up_depths: tuple[tuple[int, ...], ...] = ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
     heads: tuple[int, ...] = (8, 8, 8, 8)
     context_dim: int = 768
@@ -41,6 +42,9 @@ class UNetConfig:
     time_ids: int | None = None  # SDXL base 6, refiner 5: the numbers of the micro-conditioning
     pooled_dim: int | None = None  # SDXL 1280: width of text_embeds
     timestep_cond_dim: int | None = None  # LCM 256: width of the guidance embedding
+    projected_levels: tuple[int, ...] = ()  # where transformers have projections and no blocks (SDXL ControlNets -mid)
+    residuals: bool = False  # inputs for what ControlNets add to the skips and the middle
+    features: int = 0  # inputs for what T2I-Adapters add on the way down, one a level, then the middle
 
     def __post_init__(self) -> None:
         """Refuse numbers that describe no network.
@@ -100,6 +104,7 @@ class TextEncoderConfig:
     skip: int = 0
     final_norm: bool = True
     projection_dim: int | None = None
+    pad: int | None = None  # the token behind a prompt's end; None is the end token again
 
     def __post_init__(self) -> None:
         """Refuse heads that do not divide the width, and a skip that leaves no layer (ConversionError)."""
@@ -134,7 +139,12 @@ def _check_divides(what: str, divisor: int, channels: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """The networks and constants that belong together under one name."""
+    """The networks and constants that belong together under one name.
+
+    text_encoders: in the order in which the UNet's context holds their states, side by side; text_roles are the parts
+    they play (a refiner's only one is the second of the base). wide_vae: whether the VAE of the family is known to need
+    more than fp16's range. size: pixels a side it was trained at.
+    """
 
     name: str
     unet: UNetConfig
@@ -142,7 +152,13 @@ class Family:
     text_encoders: tuple[TextEncoderConfig, ...]
     latent_scale: float
     prediction: Prediction
-    size: int  # pixels a side the family was trained at
+    size: int
+    text_roles: tuple[str, ...] = ("text_encoder",)
+    wide_vae: bool = False
+
+    def text_encoder(self, role: str) -> TextEncoderConfig:
+        """Return the encoder that plays `role`."""
+        return self.text_encoders[self.text_roles.index(role)]
 
 
 SD15 = Family(
@@ -154,3 +170,70 @@ SD15 = Family(
     prediction="epsilon",
     size=512,
 )
+
+# OpenCLIP ViT-H without its last layer, which Stable Diffusion 2 does not read, and ViT-bigG.
+OPEN_CLIP_H = TextEncoderConfig(width=1024, layers=23, heads=16, intermediate=4096, activation="gelu", pad=0)
+OPEN_CLIP_BIGG = TextEncoderConfig(
+    width=1280,
+    layers=32,
+    heads=20,
+    intermediate=5120,
+    activation="gelu",
+    skip=1,
+    final_norm=False,
+    projection_dim=1280,
+    pad=0,
+)
+
+SD2_BASE = Family(
+    name="sd2",
+    unet=UNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),
+    vae=VAEConfig(),
+    text_encoders=(OPEN_CLIP_H,),
+    latent_scale=0.18215,
+    prediction="epsilon",
+    size=512,
+)
+SD21 = replace(SD2_BASE, prediction="v_prediction", size=768)
+
+SDXL = Family(
+    name="sdxl",
+    unet=UNetConfig(
+        channels=(320, 640, 1280),
+        down_depths=((0, 0), (2, 2), (10, 10)),
+        mid_depth=10,
+        up_depths=((10, 10, 10), (2, 2, 2), (0, 0, 0)),
+        heads=(5, 10, 20),
+        context_dim=2048,
+        linear_projection=True,
+        time_ids=6,
+        pooled_dim=1280,
+    ),
+    vae=VAEConfig(),
+    text_encoders=(TextEncoderConfig(skip=1, final_norm=False), OPEN_CLIP_BIGG),
+    latent_scale=0.13025,
+    prediction="epsilon",
+    size=1024,
+    text_roles=("text_encoder", "text_encoder_2"),
+    wide_vae=True,
+)
+
+SDXL_REFINER = replace(
+    SDXL,
+    name="sdxl_refiner",
+    unet=UNetConfig(
+        channels=(384, 768, 1536, 1536),
+        down_depths=((0, 0), (4, 4), (4, 4), (0, 0)),
+        mid_depth=4,
+        up_depths=((0, 0, 0), (4, 4, 4), (4, 4, 4), (0, 0, 0)),
+        heads=(6, 12, 24, 24),
+        context_dim=1280,
+        linear_projection=True,
+        time_ids=5,
+        pooled_dim=1280,
+    ),
+    text_encoders=(OPEN_CLIP_BIGG,),
+    text_roles=("text_encoder_2",),
+)
+
+FAMILIES = {family.name: family for family in (SD15, SD2_BASE, SDXL, SDXL_REFINER)}

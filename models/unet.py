@@ -6,6 +6,7 @@ made -> the middle -> levels up, reading what was kept -> conv_out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,8 @@ def unet(
         encoder_hidden_states (B, context_dim, 1, tokens) fp16.
         SDXL: time_ids (B, 6 or 5) fp32, for the same reason, and text_embeds (B, pooled_dim) fp16.
         LCM: timestep_cond (B, timestep_cond_dim) fp16, the guidance embedding.
+        Controlled: additional_residual_0 ... (B, C, h, w) fp32, one for every `skip_shapes` and the last for the middle.
+        Adapted: adapter_residual_0 ... (B, C, h, w) fp32, see `feature_shapes`.
 
     Output: noise_pred (B, out_channels, height, width) fp32.
     """
@@ -66,38 +69,93 @@ def unet(
         inputs["text_embeds"] = ((batch, config.pooled_dim), np.float16)
     if config.timestep_cond_dim is not None:
         inputs["timestep_cond"] = ((batch, config.timestep_cond_dim), np.float16)
-    net = _UNet(config, Scope(weights, attention, layout))
+    inputs |= _steering_inputs(config, batch, height, width)
+    net = UNet(config, Scope(weights, attention, layout))
     return build(inputs, net.predict, attention=attention)
 
 
+def _steering_inputs(config: UNetConfig, batch: int, height: int, width: int) -> Inputs:
+    """What control networks and adapters add; fp32, as they give it, so that a host sums without a cast."""
+    inputs: Inputs = {}
+    if config.residuals:
+        shapes = skip_shapes(config, height, width)
+        for i, shape in enumerate([*shapes, shapes[-1]]):
+            inputs[f"additional_residual_{i}"] = ((batch, *shape), np.float32)
+    for i, shape in enumerate(feature_shapes(config, height, width)):
+        inputs[f"adapter_residual_{i}"] = ((batch, *shape), np.float32)
+    return inputs
+
+
+def skip_shapes(config: UNetConfig, height: int, width: int) -> list[tuple[int, int, int]]:
+    """(channels, rows, columns) of everything the way down keeps for the way up; the middle is like the last."""
+    shapes = [(config.channels[0], height, width)]
+    for level, channels in enumerate(config.channels):
+        shapes += [(channels, height, width)] * config.layers
+        if level < len(config.channels) - 1:
+            height, width = -(-height // 2), -(-width // 2)
+            shapes.append((channels, height, width))
+    return shapes
+
+
+def feature_shapes(config: UNetConfig, height: int, width: int) -> list[tuple[int, int, int]]:
+    """(channels, rows, columns) of the features that adapters add: one a level, then the middle.
+
+    A level with attention takes its feature before it halves the size, one without behind that.
+    """
+    shapes = []
+    for level, channels in enumerate(config.channels):
+        halved = (-(-height // 2), -(-width // 2)) if level < len(config.channels) - 1 else (height, width)
+        shapes.append((channels, height, width) if any(config.down_depths[level]) else (channels, *halved))
+        height, width = halved
+    return [*shapes, (config.channels[-1], height, width)][: config.features]
+
+
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """What every step reads besides its picture: the embedded time, after SiLU, and the text as tokens."""
+class Given:
+    """What every step reads besides its picture: the embedded time, after SiLU, and the text as tokens.
+
+    context: None where no step has a transformer.
+    """
 
     temb: Var
-    context: Var
+    context: Var | None
 
 
 @dataclass(frozen=True, slots=True)
-class _UNet:
-    """The steps of one UNet; `w` is its root."""
+class UNet:
+    """The steps of one UNet; `w` is its root. A ControlNet takes those of the way down and the middle."""
 
     config: UNetConfig
     w: Scope
 
     def predict(self, sample: Var, timestep: Var, encoder_hidden_states: Var, **embeddings: Var) -> dict[str, Var]:
         """Append the network to the program being built."""
-        temb = mb.silu(x=self._embed(timestep, **embeddings), name="temb_silu")
-        context = encoder_hidden_states
-        if not self.w.channels_first:
-            context = mb.transpose(x=mb.squeeze(x=context, axes=[2]), perm=[0, 2, 1], name="context")
-        given = _Given(temb, context)
-        kept = self._down(conv(self.w / "conv_in", sample, self.config.channels[0]), given)
-        x = self._up(self._middle(kept[-1], given), kept, given)
+        steering = {name: embeddings.pop(name) for name in list(embeddings) if "_residual_" in name}
+        residuals, features = (
+            [mb.cast(x=x, dtype="fp16") for name, x in steering.items() if name.startswith(kind)]
+            for kind in ("additional_", "adapter_")
+        )
+        given = self.given(self.embed(timestep, **embeddings), encoder_hidden_states)
+        kept = self.down(conv(self.w / "conv_in", sample, self.config.channels[0]), given, features)
+        x = self.middle(kept[-1], given)
+        if len(features) > len(self.config.channels):
+            x = mb.add(x=x, y=features[-1], name="adapted_middle")
+        if residuals:
+            *down, middle = residuals
+            kept = [mb.add(x=x, y=y, name=f"controlled_{i}") for i, (x, y) in enumerate(zip(kept, down, strict=True))]
+            x = mb.add(x=x, y=middle, name="controlled_middle")
+        x = self._up(x, kept, given)
         x = group_norm(self.w / "conv_norm_out", x, self.config.norm_groups, eps=1e-5)
         return {"noise_pred": conv(self.w / "conv_out", mb.silu(x=x), self.config.out_channels)}
 
-    def _embed(
+    def given(self, embedded: Var, encoder_hidden_states: Var | None) -> Given:
+        """What the steps read, of `embed` and the text in Apple's layout."""
+        context = encoder_hidden_states
+        if context is not None and not self.w.channels_first:
+            context = mb.transpose(x=mb.squeeze(x=context, axes=[2]), perm=[0, 2, 1], name="context")
+        return Given(mb.silu(x=embedded, name="temb_silu"), context)
+
+    def embed(
         self,
         timestep: Var,
         time_ids: Var | None = None,
@@ -120,30 +178,46 @@ class _UNet:
         x = mb.concat(values=(text_embeds, x), axis=-1, name="micro_conditioning")
         return mb.add(x=temb, y=embedding_mlp(w / "add_embedding", x, 4 * config.channels[0]))
 
-    def _down(self, x: Var, given: _Given) -> list[Var]:
-        """Halve the size level by level; return the result of every step, the last one being the deepest."""
+    def down(self, x: Var, given: Given, features: Sequence[Var] = ()) -> list[Var]:
+        """Halve the size level by level; return the result of every step, the last one being the deepest.
+
+        features: what adapters add, see `feature_shapes`; unlike a ControlNet's residuals the way down reads them too.
+        """
         config = self.config
+
+        def adapted(x: Var, level: int) -> Var:
+            return mb.add(x=x, y=features[level], name=f"adapted_{level}") if level < len(features) else x
+
         kept = [x]
         for level, channels in enumerate(config.channels):
             w = self.w / "down_blocks" / level
+            attends, heads = any(config.down_depths[level]), config.heads[level]
             for i, depth in enumerate(config.down_depths[level]):
-                x = self._step(w, i, x, given, channels=channels, depth=depth, heads=config.heads[level])
+                x = self._step(w, i, x, given, channels=channels, depth=depth, heads=heads)
+                if level in config.projected_levels:
+                    x = self._transformer(w / "attentions" / i, x, given.context, depth, heads)
                 kept.append(x)
+            if attends:
+                x = kept[-1] = adapted(x, level)
             if level < len(config.channels) - 1:
                 x = conv(w / "downsamplers.0.conv", x, channels, stride=2)
                 kept.append(x)
+            if not attends:
+                x = kept[-1] = adapted(x, level)
         return kept
 
-    def _middle(self, x: Var, given: _Given) -> Var:
-        """Two resnets with a transformer between them, or nothing."""
+    def middle(self, x: Var, given: Given) -> Var:
+        """Two resnets with a transformer between them; in pruned models one of them, or nothing."""
         config, w = self.config, self.w / "mid_block"
         if config.mid_depth is None:
             return x
         channels, heads = config.channels[-1], config.heads[-1]
         x = self._step(w, 0, x, given, channels=channels, depth=config.mid_depth, heads=heads)
+        if config.mid_resnets == 1:
+            return x
         return self._step(w, 1, x, given, channels=channels, depth=0, heads=heads)
 
-    def _up(self, x: Var, kept: list[Var], given: _Given) -> Var:
+    def _up(self, x: Var, kept: list[Var], given: Given) -> Var:
         """Double the size level by level, each step beside what the way down kept."""
         config, kept = self.config, list(kept)
         for level, channels in enumerate(reversed(config.channels)):
@@ -155,7 +229,7 @@ class _UNet:
                 x = upsample(w / "upsamplers.0", x, height=kept[-1].shape[2], width=kept[-1].shape[3])
         return x
 
-    def _step(self, w: Scope, i: int, x: Var, given: _Given, *, channels: int, depth: int, heads: int) -> Var:
+    def _step(self, w: Scope, i: int, x: Var, given: Given, *, channels: int, depth: int, heads: int) -> Var:
         """One resnet and, where `depth` is not 0, one transformer of that many blocks."""
         x = resnet(w / "resnets" / i, x, channels, groups=self.config.norm_groups, eps=1e-5, temb=given.temb)
         return self._transformer(w / "attentions" / i, x, given.context, depth, heads) if depth else x
