@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from glassine.errors import EngineError, RequestError
 from glassine.runtime.history import Array
+from glassine.runtime.loop import Model
 from glassine.runtime.schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -149,6 +150,11 @@ class Denoiser:
         prediction: what the network's output means.
         control: called before every network call; returns further inputs, such as ControlNet residuals by name.
         whole_timesteps: round t to a whole number, as diffusers' DPMSolver and UniPC do on Karras levels.
+        frames: pictures that the network draws together, such as the layers of one picture: they share every call, in
+            rows of (branch, frame).
+
+    Raises:
+        EngineError: the frames do not fill whole calls of `rows` rows.
     """
 
     def __init__(
@@ -161,7 +167,12 @@ class Denoiser:
         prediction: Prediction = "epsilon",
         control: Control | None = None,
         whole_timesteps: bool = False,
+        frames: int = 1,
     ) -> None:
+        if rows % frames:
+            raise EngineError(
+                f"a network of {rows} rows a call cannot draw {frames} pictures together; convert it again"
+            )
         self._predict = predict
         self._schedule = schedule
         self._guidance = guidance
@@ -169,6 +180,7 @@ class Denoiser:
         self._prediction = prediction
         self._control = control
         self._whole_timesteps = whole_timesteps
+        self._frames = frames
         self._plan: list[_Rows] = []
 
     def __call__(self, x: Array, sigma: float, i: int = 0) -> Array:
@@ -191,8 +203,11 @@ class Denoiser:
 
     def _allocate(self, shape: tuple[int, ...]) -> None:
         """Lay pictures and branches out in calls of `rows` rows, with buffers that live as long as the shape does."""
-        branches = self._guidance.branches
-        jobs = [Row(picture, branch) for picture in range(shape[0]) for branch in branches]
+        branches, frames = self._guidance.branches, self._frames
+        if shape[0] % frames:
+            raise RequestError(f"{shape[0]} pictures, of which {frames} are drawn together; expected a multiple")
+        samples = (range(first, first + frames) for first in range(0, shape[0], frames))
+        jobs = [Row(picture, branch) for sample in samples for branch in branches for picture in sample]
         self._outputs = np.empty((shape[0], len(branches), *shape[1:]), dtype=np.float32)
         self._plan = []
         for at in range(0, len(jobs), self._rows):
@@ -213,6 +228,17 @@ class Denoiser:
                 "returned are NaN or infinite, most likely a half-precision overflow; run the UNet on other compute "
                 "units or in fp32, or check its weights with 'glassine verify'"
             )
+
+
+class Relay:
+    """Two models one after the other in one run: the steps from `start` on are the second's."""
+
+    def __init__(self, first: Model, second: Model, start: int) -> None:
+        self._first, self._second, self._start = first, second, start
+
+    def __call__(self, x: Array, sigma: float, i: int) -> Array:
+        """Return the predicted x0 of the model whose step this is; a step's inner calls are its own model's."""
+        return (self._first if i < self._start else self._second)(x, sigma, i)
 
 
 class _Rows:

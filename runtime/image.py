@@ -52,6 +52,7 @@ class Picture:
     """A picture that has been read.
 
     pixels: (H, W, 3) uint8 RGB; a transparent picture stands over `BACKGROUND`. alpha: (H, W) uint8 or None if opaque.
+        Read with `keep_alpha`, pixels are (H, W, 4), straight alpha, and alpha is None.
     icc_profile: of an RGB file; the bytes keep their meaning only together with it.
     size: (width, height) the file had, behind its EXIF rotation. notices: what was done to it, for the user.
     """
@@ -73,7 +74,7 @@ class Map:
     notices: tuple[str, ...] = ()
 
 
-def read_picture(source: Source, *, name: str = "image") -> Picture:
+def read_picture(source: Source, *, name: str = "image", keep_alpha: bool = False) -> Picture:
     """Read a picture from a file, a PIL image or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
 
     16-bit channels are rounded to 8 bits: round(v / 257).
@@ -84,13 +85,15 @@ def read_picture(source: Source, *, name: str = "image") -> Picture:
     image, name = _open(source, name)
     if image.mode.startswith(("I", "F")):
         grey = _scaled(_grey(image, name), 255)
-        return Picture(name=name, pixels=np.stack([grey] * 3, axis=-1), size=image.size)
+        image = Image.fromarray(grey)
     rgba = np.asarray(_rgba(image, name))
     icc = image.info.get("icc_profile")
     keeps_profile = isinstance(icc, bytes) and icc[16:20] == b"RGB " and image.mode in {"RGB", "RGBA", "P"}
     picture = Picture(
         name=name, pixels=rgba[..., :3].copy(), size=image.size, icc_profile=icc if keeps_profile else None
     )
+    if keep_alpha:
+        return replace(picture, pixels=rgba.copy())
     if rgba[..., 3].min() == 255:
         return picture
     alpha = rgba[..., 3].copy()
@@ -186,6 +189,12 @@ def check_size(width: int, height: int) -> None:
 def to_model(pixels: Bytes) -> Float:
     """(H, W, 3) uint8 -> (1, 3, H, W) float32 in [-1, 1]."""
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0)[None].astype(np.float32) / 127.5 - 1)
+
+
+def over_grey(rgba: Bytes) -> Float:
+    """(H, W, 4) uint8, straight alpha -> (1, 3, H, W) float32 in [-1, 1], over mid-grey: (2 rgb - 1) * alpha."""
+    colours, alpha = rgba[..., :3].astype(np.float32) / 255, rgba[..., 3:].astype(np.float32) / 255
+    return np.ascontiguousarray(np.moveaxis((2 * colours - 1) * alpha, -1, 0)[None])
 
 
 def to_pixels(image: NDArray[np.floating[Any]]) -> Bytes:

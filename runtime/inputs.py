@@ -15,7 +15,18 @@ from numpy.typing import NDArray
 
 from glassine.errors import RequestError
 from glassine.runtime.change_map import is_description, parse, soften
-from glassine.runtime.image import Fit, Picture, Source, White, fit_map, fit_picture, read_map, read_picture, to_model
+from glassine.runtime.image import (
+    Fit,
+    Picture,
+    Source,
+    White,
+    fit_map,
+    fit_picture,
+    over_grey,
+    read_map,
+    read_picture,
+    to_model,
+)
 from glassine.runtime.metadata import Record, file_sha256
 
 Float = NDArray[np.float32]
@@ -52,10 +63,12 @@ class MapSource:
 class Inputs:
     """What a picture is drawn from beside its settings; all optional, all of the model's size.
 
-    image: (1, 3, H, W) float32 in [-1, 1]. pixels: (H, W, 3) uint8, the same picture, for the protected bytes.
+    image: (1, 3, H, W) float32 in [-1, 1]. pixels: (H, W, 3) uint8, the same picture, for the protected bytes. To draw
+        with transparency: pixels (H, W, 4), straight alpha, and the image stands over mid-grey.
     change_map: (H, W) float32, 0 = keep, 1 = may change completely.
     latents: (1, 4, h, w) the initial noise e, unit normal. noise: index -> (1, 4, h, w), the noise of stochastic steps.
-    context, negative_context: (1, tokens, width) conditioning made elsewhere.
+    context, negative_context: (1, tokens, width) conditioning made elsewhere; SDXL's comes with pooled, negative_pooled
+        (1, d).
     files: what image and map were, for the picture's metadata. notices: what was done to them, for the user.
     """
 
@@ -67,12 +80,21 @@ class Inputs:
     noise: Callable[[int], Float] | None = None
     context: Float | None = None
     negative_context: Float | None = None
+    pooled: Float | None = None
+    negative_pooled: Float | None = None
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
 
 def read_inputs(
-    image: Source | None, maps: MapSource, width: int, height: int, *, fit: Fit = "crop", **arrays: object
+    image: Source | None,
+    maps: MapSource,
+    width: int,
+    height: int,
+    *,
+    fit: Fit = "crop",
+    keep_alpha: bool = False,
+    **arrays: object,
 ) -> Inputs:
     """Read the source picture and its change map and bring both to the model's size.
 
@@ -81,6 +103,7 @@ def read_inputs(
         maps: where its change map comes from; an empty `MapSource` is no map.
         width, height: pixels, the model's.
         fit: what to do with a picture of another shape.
+        keep_alpha: read the picture as RGBA, to draw with transparency.
         arrays: further fields of `Inputs`.
 
     Raises:
@@ -90,14 +113,14 @@ def read_inputs(
         if maps.source is not None:
             raise RequestError("a change map says how much of a picture may change; give the picture too (--image)")
         return Inputs(**arrays)  # type: ignore[arg-type]
-    picture = read_picture(image)
+    picture = read_picture(image, keep_alpha=keep_alpha)
     fitted = fit_picture(picture, width, height, fit)
     values, described, notices = _change_map(maps, picture, width, height, fit)
     files = {"image": _describe(image, picture.pixels)}
     if described is not None:
         files["change_map"] = described
     return Inputs(
-        image=to_model(fitted.pixels),
+        image=over_grey(fitted.pixels) if keep_alpha else to_model(fitted.pixels),
         pixels=fitted.pixels,
         icc_profile=fitted.icc_profile,
         change_map=values,

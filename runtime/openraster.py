@@ -1,7 +1,8 @@
 """Layers -> one OpenRaster file (.ora), which GIMP, Krita, MyPaint and others open.
 
 A zip file: `mimetype` first and stored, `stack.xml` with the layers from the front to the back, their pictures under
-`data/`, the composite `mergedimage.png` and a thumbnail. Source: OpenRaster 0.0.5, freedesktop.org/specifications/openraster.
+`data/`, the composite `mergedimage.png` and a thumbnail.
+Source: OpenRaster 0.0.5, freedesktop.org/specifications/openraster.
 """
 
 from __future__ import annotations

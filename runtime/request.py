@@ -14,7 +14,12 @@ NoiseKind = Literal["torch", "philox"]
 Emphasis = Literal["original", "no_norm"]
 Fit = Literal["crop", "fit", "stretch"]
 
-_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float)}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "tuple[int, int]": (tuple, list),
+}
 DEFAULT_STRENGTH = 0.75  # of an image without a change map: A1111's
 RULES: tuple[Rule, ...] = ("scale", "cap", "authors", "time")
 NOISE_KINDS: tuple[NoiseKind, ...] = ("torch", "philox")
@@ -33,6 +38,19 @@ class Request:
     clip_skip: 1 = the last layer (A1111's numbering); None is the model's own.
     rule: how the change map becomes a number of evaluations per latent cell.
     fit: what to do with a picture of another shape than the model's.
+
+    transparent: draw RGBA, with the model's transparent UNet. passes: of the transparent decoder, 1 (fast) or 8 (best).
+    stop_at: the share of the diffusion, counted from the noise, after which the base UNet takes over from the patched
+        one (transparency, layers); 1 = never.
+
+    What only some families read; the others take no notice:
+    original_size, target_size: (width, height), crop: (left, top), in pixels: SDXL's micro-conditioning, which says
+        what the picture would be like in the training set (arXiv 2307.01952, section 2.2). None is the picture's size.
+        negative_...: the same for the negative prompt; None is as for the prompt.
+    aesthetic_score, negative_aesthetic_score: the SDXL refiner's, 0..10.
+    refine_at: the share of the noise levels, counted from the noisiest, after which the refiner takes over.
+    image_guidance: instruct-pix2pix, how close the result stays to the picture; 1 = without.
+    A full LCM model reads guidance_scale as a number of its own (w); it has no negative prompt.
     """
 
     prompt: str = ""
@@ -50,6 +68,19 @@ class Request:
     strength: float = 1.0
     rule: Rule = "scale"
     fit: Fit = "crop"
+    transparent: bool = False
+    passes: int = 8
+    stop_at: float = 1.0
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    refine_at: float = 0.8
+    image_guidance: float = 1.5
 
     def __post_init__(self) -> None:
         _expect(1 <= self.steps <= 1000, f"steps is {self.steps}, expected 1 to 1000")
@@ -61,6 +92,14 @@ class Request:
         )
         _expect(self.clip_skip is None or self.clip_skip >= 1, f"clip_skip is {self.clip_skip}, expected 1 or more")
         _expect(self.eta is None or self.eta >= 0, f"eta is {self.eta}, expected 0 or more")
+        _expect(0.0 <= self.refine_at <= 1.0, f"refine_at is {self.refine_at}, expected 0 to 1")
+        for name in ("aesthetic_score", "negative_aesthetic_score", "image_guidance"):
+            _expect(math.isfinite(getattr(self, name)), f"{name} is {getattr(self, name)}, expected a finite number")
+        for name in ("original_size", "crop", "target_size"):
+            for pair in (getattr(self, name), getattr(self, f"negative_{name}")):
+                _expect(pair is None or _is_pair(pair), f"{name} is {pair}, expected two whole numbers of pixels")
+        _expect(0.0 <= self.stop_at <= 1.0, f"stop_at is {self.stop_at}, expected 0 to 1")
+        _expect(self.passes in (1, 8), f"passes is {self.passes}, expected 1 (fast) or 8 (best)")
         _among("rule", self.rule, RULES)
         _among("noise", self.noise, NOISE_KINDS)
         _among("emphasis", self.emphasis, EMPHASES)
@@ -80,9 +119,13 @@ class Request:
             wanted = str(known[name].type)
             kind = _KINDS.get(wanted.split(" |", maxsplit=1)[0], str)
             optional = wanted.endswith("| None") and value is None
-            good = isinstance(value, kind) and not isinstance(value, bool)
+            good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             _expect(optional or good, f"setting {name!r} is {value!r}, expected {wanted}")
-        return cls(**raw)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(type(side) is int and side >= 0 for side in value)
 
 
 def _expect(condition: bool, message: str) -> None:

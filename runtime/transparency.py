@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from glassine.errors import EngineError, RequestError
 from glassine.runtime.decode import CELL, decode_image
 from glassine.runtime.engine.contract import Predict
+from glassine.runtime.image import over_grey
 from glassine.runtime.latents import encode_image
 
 Float = NDArray[np.float32]
@@ -32,12 +33,6 @@ _SHRINK = 1.2  # from one level of the colour pyramid to the next
 
 OPAQUE_ALPHA, OPAQUE_SHARE = 0.97, 0.995  # of an ordinary picture's pixels, 99.2 % and more have such an alpha
 MISMATCH = 0.08  # measured with the tiny family: 0.01 to 0.03 for good pictures, 0.2 with another family's latents
-
-
-def over_grey(rgba: Bytes) -> Float:
-    """Composite over mid-grey: (H, W, 4) uint8 straight -> (1, 3, H, W) float32 in [-1, 1], (2 rgb - 1) * a."""
-    colours, alpha = rgba[..., :3].astype(np.float32) / 255, rgba[..., 3:].astype(np.float32) / 255
-    return np.ascontiguousarray(np.moveaxis((2 * colours - 1) * alpha, -1, 0)[None])
 
 
 def pad_rgb(rgba: Bytes) -> Float:
