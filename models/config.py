@@ -24,7 +24,8 @@ class UNetConfig:
 
     `*_depths` count the transformer blocks behind each resnet, level by level in the order they run (down: `layers`
     entries a level, up: `layers + 1`); 0 is a resnet without attention. `mid_depth` None means no mid block at all,
-    `mid_resnets` 1 a single resnet there (some distilled models have one or the other). `heads` is per down level; the mid block uses the last, the up path the reverse.
+    `mid_resnets` 1 a single resnet there (some distilled models have one or the other). `heads` is per down level; the
+    mid block uses the last, the up path the reverse.
     """
 
     in_channels: int = 4
@@ -64,6 +65,39 @@ class UNetConfig:
             last = level == len(self.channels) - 1
             if any(self.down_depths[level]) or any(self.up_depths[-1 - level]) or (last and self.mid_depth):
                 _check_divides("UNet: heads", self.heads[level], channels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetConfig:
+    """A ControlNet (Zhang et al. 2023): the way down and the middle of a UNet, and an encoder of the hint.
+
+    unet: the one it is a copy of; its way up means nothing. hint_widths: of the hint's encoder, which halves the
+    picture between two. pooled: every residual is one vector for the whole picture (v1.1 shuffle). control_types: a
+    ControlNet++ (Union 6, ProMax 8) is told what kind of hint it gets; `fusion_layers` work on its mean.
+    """
+
+    unet: UNetConfig
+    hint_channels: int = 3
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    pooled: bool = False
+    control_types: int | None = None
+    fusion_layers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """A T2I-Adapter (Mou et al. 2023): convolutions that make the UNet's features of a hint, once a picture.
+
+    shrink: pixels a side of one cell of the first feature (SDXL: 16). halved: which levels begin with half the size.
+    layers: of each level. light: each level works at a quarter of its channels.
+    """
+
+    hint_channels: int = 3
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers: int = 2
+    shrink: int = 8
+    halved: tuple[bool, ...] = (False, True, True, True)
+    light: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +147,7 @@ class TextEncoderConfig:
             raise ConversionError(f"text encoder: cannot skip {self.skip} of {self.layers} layers")
 
 
-Config = TypeVar("Config", UNetConfig, VAEConfig, TextEncoderConfig)
+Config = TypeVar("Config", UNetConfig, ControlNetConfig, AdapterConfig, VAEConfig, TextEncoderConfig)
 
 
 def restored(kind: type[Config], record: Mapping[str, Any]) -> Config:
@@ -124,6 +158,8 @@ def restored(kind: type[Config], record: Mapping[str, Any]) -> Config:
     """
 
     def frozen(value: Any) -> Any:
+        if isinstance(value, Mapping):  # the only description inside another one is a UNet
+            return restored(UNetConfig, value)
         return tuple(map(frozen, value)) if isinstance(value, list) else value
 
     try:

@@ -218,7 +218,7 @@ def resnet(w: Scope, x: Var, channels: int, *, groups: int, eps: float, temb: Va
     h = mb.silu(x=group_norm(w / "norm1", x, groups, eps=eps), name=w.op("silu1"))
     h = conv(w / "conv1", h, channels)
     if temb is not None:
-        h = mb.add(x=h, y=_as_image(dense(w / "time_emb_proj", temb, channels)), name=w.op("temb"))
+        h = mb.add(x=h, y=as_image(dense(w / "time_emb_proj", temb, channels)), name=w.op("temb"))
     h = mb.silu(x=group_norm(w / "norm2", h, groups, eps=eps), name=w.op("silu2"))
     h = conv(w / "conv2", h, channels)
     if x.shape[1] != channels:
@@ -226,7 +226,7 @@ def resnet(w: Scope, x: Var, channels: int, *, groups: int, eps: float, temb: Va
     return mb.add(x=x, y=h, name=w.op())
 
 
-def _as_image(vector: Var) -> Var:
+def as_image(vector: Var) -> Var:
     """(B, C) -> (B, C, 1, 1); where channels come first it is one already."""
     if vector.rank == 4:
         return vector

@@ -54,7 +54,7 @@ def unet(
         encoder_hidden_states (B, context_dim, 1, tokens) fp16.
         SDXL: time_ids (B, 6 or 5) fp32, for the same reason, and text_embeds (B, pooled_dim) fp16.
         LCM: timestep_cond (B, timestep_cond_dim) fp16, the guidance embedding.
-        Controlled: additional_residual_0 ... (B, C, h, w) fp32, one for every `skip_shapes` and the last for the middle.
+        Controlled: additional_residual_0 ... (B, C, h, w) fp32, as `skip_shapes`, the last one for the middle.
         Adapted: adapter_residual_0 ... (B, C, h, w) fp32, see `feature_shapes`.
 
     Output: noise_pred (B, out_channels, height, width) fp32.
