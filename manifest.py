@@ -81,8 +81,8 @@ class Manifest:
         return ((self.width, self.height), *((int(width), int(height)) for width, height in further))
 
     def part(self, role: str, size: tuple[int, int]) -> Part | None:
-        """Return the part that plays `role` at `size`, or None; the text encoder serves all sizes."""
-        if size == (self.width, self.height) or role == "text_encoder":
+        """Return the part that plays `role` at `size`, or None; text encoders serve all sizes."""
+        if size == (self.width, self.height) or role.startswith("text_encoder"):
             return self.parts.get(role)
         return self.parts.get(f"{role}_{size[0]}x{size[1]}")
 

@@ -7,7 +7,7 @@ fewer chunks is repeated or padded to it, and what exceeds it is cut and named i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,17 +61,20 @@ def encode_prompt(
     *,
     tokens: int = CHUNK,
     clip_skip: int = 1,
+    own_skip: int = 1,
     emphasis: Emphasis = "original",
     pad: int | None = None,
 ) -> EncodedPrompt:
     """Encode one prompt.
 
     Args:
-        predict: the text encoder: input_ids (1, 77) float32 -> last_hidden_state (1, 77, width) and, where it has
-            them, pooled_outputs (1, d) and hidden_states (layers, 77, width), each behind the final LayerNorm.
+        predict: the text encoder: input_ids (1, 77) float32 -> last_hidden_state (SDXL: hidden_embeds) (1, 77, width)
+            and, where it has them, pooled_outputs (1, d) and hidden_states (layers, 77, width), all of them behind the
+            final LayerNorm or none.
         text: a prompt in the syntax of `prompt.py`.
         tokens: tokens of the UNet's context, a multiple of 77.
         clip_skip: 1 = the last layer, 2 = the one before it (A1111's numbering).
+        own_skip: the layer that last_hidden_state is, in the same numbering.
         emphasis: "original" restores the mean of each chunk after weighting, "no_norm" does not.
         pad: id behind the end token; None is the end token itself (CLIP-L). SD2 and OpenCLIP bigG: 0.
 
@@ -89,11 +92,20 @@ def encode_prompt(
     for chunk in chunks:
         ids = chunk_ids(tokenizer, chunk, pad)
         if ids not in encoded:
-            encoded[ids] = _encode(predict, ids, clip_skip)
+            encoded[ids] = _encode(predict, ids, clip_skip, own_skip)
         states.append(emphasise(encoded[ids][0], chunk.weights, emphasis))
     pooled = encoded[chunk_ids(tokenizer, chunks[0], pad)][1]
     notices = (*unsupported(text), *_unknown_notices(tokenizer, spans), *_cut_notices(tokenizer, cut, tokens))
     return EncodedPrompt(context=np.concatenate(states, axis=1), pooled=pooled, notices=notices)
+
+
+def side_by_side(encoded: Sequence[EncodedPrompt]) -> EncodedPrompt:
+    """Join what several text encoders made of one prompt: widths add up, the last one's pooled output counts.
+
+    Source: SDXL (Podell et al. 2023, arXiv 2307.01952, section 2.1).
+    """
+    context = np.concatenate([prompt.context for prompt in encoded], axis=2)
+    return EncodedPrompt(context=context, pooled=encoded[-1].pooled, notices=encoded[0].notices)
 
 
 def split_chunks(tokenizer: Tokenizer, spans: Iterable[Span], *, limit: int) -> tuple[list[Chunk], list[int | None]]:
@@ -181,17 +193,19 @@ def _filled(chunks: list[Chunk], count: int) -> list[Chunk]:
     return chunks + [Chunk([], [])] * (count - len(chunks))
 
 
-def _encode(predict: Predict, ids: tuple[int, ...], clip_skip: int) -> tuple[Float, Float | None]:
+def _encode(predict: Predict, ids: tuple[int, ...], clip_skip: int, own_skip: int) -> tuple[Float, Float | None]:
     """Return the hidden states (1, 77, width) that clip skip chooses, and the pooled output (1, d)."""
     outputs = predict(input_ids=np.array([ids], np.float32))
-    last = _output(outputs, "last_hidden_state", 3)
-    pooled = _output(outputs, "pooled_outputs", 2) if "pooled_outputs" in outputs else None
-    if clip_skip == 1:
-        return last, pooled
+    own = _output(outputs, "hidden_embeds" if "hidden_embeds" in outputs else "last_hidden_state", 3)
+    # What Apple's converter calls so in SDXL's first encoder is no vector, and nobody reads it.
+    pooled = outputs.get("pooled_outputs")
+    pooled = None if pooled is None or pooled.ndim != 2 else np.array(pooled, np.float32)
+    if clip_skip == own_skip:
+        return own, pooled
     if "hidden_states" not in outputs:
         raise RequestError(
-            f"clip skip {clip_skip}: this text encoder gives its last layer only; "
-            "use clip skip 1 or convert the checkpoint with 'glassine convert'"
+            f"clip skip {clip_skip}: this text encoder gives one layer only; "
+            f"use clip skip {own_skip} or convert the checkpoint with 'glassine convert'"
         )
     layers = _output(outputs, "hidden_states", 3)
     if not 1 <= clip_skip <= len(layers):

@@ -13,7 +13,7 @@ result = run.finish()                 # decode what has been drawn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import PackageError
-from glassine.manifest import Manifest
-from glassine.runtime.conditioning import EncodedPrompt, encode_prompt
+from glassine.manifest import Manifest, Part
+from glassine.runtime.branches import PIX2PIX
+from glassine.runtime.conditioning import EncodedPrompt, encode_prompt, side_by_side
 from glassine.runtime.decode import CELL, SD1_PREVIEW, measure_preview
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.image import Source
@@ -39,6 +40,7 @@ Output = Literal["pil", "numpy", "latent"]
 T = TypeVar("T")
 
 SD1_DECODER_PARAMETERS = 49_490_199  # a decoder of this size is taken for Stable Diffusion's own
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # in the order in which the UNet reads what they make
 _REMEMBERED = 8  # prompts and source pictures whose encodings are kept
 
 
@@ -50,6 +52,7 @@ class Pipeline:
         self.manifest = manifest
         self.size = size
         self.schedule = NoiseSchedule(manifest.scheduler)
+        self.refiner: Pipeline | None = None
         self._options = options
         self._engines: dict[str, Engine] = {}
         self._tokenizer: Tokenizer | None = None
@@ -59,7 +62,12 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, folder: Path | str, options: EngineOptions | None = None, *, size: tuple[int, int] | None = None
+        cls,
+        folder: Path | str,
+        options: EngineOptions | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        refiner: Path | str | None = None,
     ) -> Pipeline:
         """Open a folder made by `glassine convert`; its packages are loaded when they are first needed.
 
@@ -67,9 +75,11 @@ class Pipeline:
             folder: the model.
             options: how to run its packages.
             size: (width, height) in pixels, one of those it was converted for; None is the first.
+            refiner: the folder of a model that draws the last steps of every picture, such as SDXL's refiner.
 
         Raises:
-            PackageError: the folder or its manifest is missing or damaged, or has no packages of this size.
+            PackageError: a folder or its manifest is missing or damaged, or has no packages of this size, or the two
+                models' latents are not the same.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder)
@@ -79,7 +89,11 @@ class Pipeline:
                 f"{folder}: converted for {_spelled(*manifest.sizes)}, not for {_spelled(size)}; "
                 f"convert it again with --size {_spelled(size)} too"
             )
-        return cls(folder, manifest, options if options is not None else EngineOptions(), size)
+        pipe = cls(folder, manifest, options if options is not None else EngineOptions(), size)
+        if refiner is not None:
+            pipe.refiner = cls.load(refiner, options, size=size)
+            _check_refiner(pipe, pipe.refiner)
+        return pipe
 
     def __call__(
         self,
@@ -108,15 +122,27 @@ class Pipeline:
             RequestError: a setting, picture or map cannot be drawn with.
             EngineError: a package cannot be run.
         """
-        if image is not None and change_map is None and mask is None:
-            settings.setdefault("strength", DEFAULT_STRENGTH)
-        request = Request(prompt=prompt, **settings)
         maps = MapSource(map=change_map, mask=mask, softness=softness)
+        request = self.request({"prompt": prompt, **settings}, image_alone=image is not None and maps.source is None)
         read = read_inputs(image, maps, *self.size, fit=request.fit, **(inputs if inputs is not None else {}))
         result = self.run(request, read).finish()
         if output == "latent":
             return result.latents
         return result.pixels if output == "numpy" else result.image
+
+    def request(self, settings: Mapping[str, Any], *, image_alone: bool = False) -> Request:
+        """Return the request that `settings` ask for; what they leave open is this model's own, then Glassine's.
+
+        Args:
+            settings: fields of `Request`.
+            image_alone: there is a picture and no change map: then the strength is 0.75 if nobody says otherwise (an
+                instruct-pix2pix model's: 1, as it sees the picture anyway).
+
+        Raises:
+            RequestError: a setting that is unknown, out of range or of the wrong type.
+        """
+        alone = {"strength": DEFAULT_STRENGTH} if image_alone and self.unet_inputs["sample"][1] != PIX2PIX else {}
+        return Request.from_dict({**alone, **self.manifest.defaults, **settings})
 
     def run(self, request: Request, inputs: Inputs | None = None) -> Run:
         """Prepare one picture: iterate over the steps of the returned `Run`, or just call its `finish`."""
@@ -130,38 +156,65 @@ class Pipeline:
             EngineError: its package cannot be loaded.
         """
         if role not in self._engines:
-            part = self.manifest.part(role, self.size)
-            if part is None:
-                raise PackageError(
-                    f"{self.folder}: this model has no {role}, only {sorted(self.manifest.parts)}; "
-                    "convert a whole checkpoint to draw with it"
-                )
-            self._engines[role] = open_engine(self.folder / part.file, self._options)
+            self._engines[role] = open_engine(self.folder / self._part(role).file, self._options)
         return self._engines[role]
+
+    def _part(self, role: str) -> Part:
+        part = self.manifest.part(role, self.size)
+        if part is None:
+            raise PackageError(
+                f"{self.folder}: this model has no {role}, only {sorted(self.manifest.parts)}; "
+                "convert a whole checkpoint to draw with it"
+            )
+        return part
+
+    @property
+    def unet_inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what this model's UNet reads, by name: they say of which kind it is (`branches.py`).
+
+        Raises:
+            PackageError: the model has no UNet, or one without latents and text.
+        """
+        part = self._part("unet")
+        if not {"sample", "encoder_hidden_states"} <= set(part.inputs):
+            raise PackageError(f"{self.folder}: its UNet reads {sorted(part.inputs)}, neither latents nor text")
+        return {name: shape for name, (shape, _) in part.inputs.items()}
 
     def encode(self, text: str, request: Request) -> EncodedPrompt:
         """Return the text as the UNet reads it; remembered, so that a change of seed or map costs nothing."""
-        clip_skip = request.clip_skip if request.clip_skip is not None else self.manifest.clip_skip
+        own_skip = self.manifest.clip_skip
+        clip_skip = request.clip_skip if request.clip_skip is not None else own_skip
 
-        def encode() -> EncodedPrompt:
+        def encode(role: str) -> EncodedPrompt:
             return encode_prompt(
-                self.engine("text_encoder").predict,
+                self.engine(role).predict,
                 self.tokenizer,
                 text,
                 tokens=self.manifest.tokens,
                 clip_skip=clip_skip,
+                own_skip=own_skip,
                 emphasis=request.emphasis,
+                pad=self._part(role).about.get("pad"),
             )
 
-        return _remember(self._prompts, (text, clip_skip, request.emphasis), encode)
+        roles = [role for role in TEXT_ENCODERS if role in self.manifest.parts]
+        return _remember(
+            self._prompts,
+            (text, clip_skip, request.emphasis),
+            lambda: side_by_side([encode(role) for role in (roles if roles else TEXT_ENCODERS[:1])]),
+        )
 
-    def source_latents(self, image: Float) -> Float:
-        """Return the latents z (1, 4, h, w) of a picture (1, 3, H, W) in [-1, 1]: the posterior's mean; remembered."""
+    def posterior_mean(self, image: Float) -> Float:
+        """Return the mean (1, 4, h, w) of the latents of a picture (1, 3, H, W) in [-1, 1], unscaled; remembered."""
 
         def encode() -> Float:
-            return encode_image(self.engine("vae_encoder").predict, image, latent_scale=self.manifest.latent_scale)
+            return encode_image(self.engine("vae_encoder").predict, image, latent_scale=1.0)
 
         return _remember(self._sources, image.tobytes(), encode)
+
+    def source_latents(self, image: Float) -> Float:
+        """Return the latents z (1, 4, h, w) of a picture (1, 3, H, W) in [-1, 1]: the posterior's mean, scaled."""
+        return self.posterior_mean(image) * np.float32(self.manifest.latent_scale)
 
     def preview_matrix(self) -> Float:
         """Return the (5, 3) matrix from latents to colours: Stable Diffusion's, or one measured on this model's VAE."""
@@ -190,6 +243,8 @@ class Pipeline:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
+        if self.refiner is not None:
+            self.refiner.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -198,6 +253,21 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_refiner(base: Pipeline, refiner: Pipeline) -> None:
+    """Refuse a refiner that could not go on with the base model's latents."""
+    scales = (base.manifest.latent_scale, refiner.manifest.latent_scale)
+    if scales[0] != scales[1]:
+        raise PackageError(
+            f"{refiner.folder}: latents are scaled by {scales[1]}, those of {base.folder} by {scales[0]}; "
+            "take a refiner of the same family"
+        )
+    schedules = (base.manifest.scheduler, refiner.manifest.scheduler)
+    if schedules[0] != schedules[1]:
+        raise PackageError(
+            f"{refiner.folder}: trained on other noise levels than {base.folder}; they cannot share a run"
+        )
 
 
 def _spelled(*sizes: tuple[int, int]) -> str:

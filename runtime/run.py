@@ -14,16 +14,17 @@ from PIL import Image
 
 from glassine import __version__
 from glassine.errors import RequestError
+from glassine.runtime.branches import PIX2PIX, guidance_of
 from glassine.runtime.change_map import n_table, to_cells
 from glassine.runtime.decode import CELL, composite, decode_latents, preview
-from glassine.runtime.denoiser import Conditioning, Denoiser, Guidance
+from glassine.runtime.denoiser import Denoiser, Relay
 from glassine.runtime.inputs import Inputs
-from glassine.runtime.loop import Step, denoising_steps
+from glassine.runtime.loop import Model, Step, denoising_steps
 from glassine.runtime.metadata import text_chunks
 from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.request import Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
-from glassine.runtime.schedule import NoiseSchedule, Sigmas, last_steps, make_sigmas
+from glassine.runtime.schedule import NoiseSchedule, Sigmas, handover, last_steps, make_sigmas
 
 if TYPE_CHECKING:
     from glassine.runtime.pipeline import Pipeline
@@ -73,13 +74,13 @@ class Run:
         self._sampler = choose_sampler(request).on(pipe.schedule)
         self._sigmas = sigmas_of(pipe.schedule, request)
         self._source: Float | None = None
-        if inputs.image is not None:
+        if inputs.image is not None and not self._from_noise():
             self._sigmas = last_steps(self._sigmas, request.strength)
             self._source = pipe.source_latents(inputs.image)
         scheduled = len(self._sigmas) - 1
         self.n = self._table()
         self.steps = scheduled if self.n is None else int(self.n.max())
-        self._denoiser, self.notices = self._prepare_denoiser()
+        self._model, self.notices = self._prepare_model()
         self._generator = self._draw()
         self._seconds["prepare"] = time.perf_counter() - start
 
@@ -121,7 +122,7 @@ class Run:
     def _draw(self) -> Generator[Step, None, None]:
         """The loop, with the time it takes counted without the caller's own."""
         loop = denoising_steps(
-            self._denoiser,
+            self._model,
             self._sampler,
             self._sigmas,
             self._noise(),
@@ -141,6 +142,11 @@ class Run:
             self._evaluations = step.evaluations
             yield step
 
+    def _from_noise(self) -> bool:
+        """Whether drawing starts from noise although there is a picture: instruct-pix2pix sees it at every step."""
+        everything = self._inputs.change_map is None and self.request.strength == 1
+        return everything and self._pipe.unet_inputs["sample"][1] == PIX2PIX
+
     def _table(self) -> NDArray[np.int64] | None:
         """The n-table of the change map."""
         if self._inputs.change_map is None:
@@ -148,31 +154,28 @@ class Run:
         cells = to_cells(self._inputs.change_map)
         return n_table(cells, self._sigmas, self.request.rule, total=self.request.steps, schedule=self._pipe.schedule)
 
-    def _prepare_denoiser(self) -> tuple[Denoiser, tuple[str, ...]]:
-        """The UNet with both prompts, and what there is to say about them and about the input files."""
-        request, manifest = self.request, self._pipe.manifest
-        cond, said = self._context(self._inputs.context, request.prompt)
-        uncond: Conditioning | None = None
-        said_too: tuple[str, ...] = ()
-        if request.guidance_scale != 1:
-            uncond, said_too = self._context(self._inputs.negative_context, request.negative_prompt)
-        guidance = Guidance(cond=cond, uncond=uncond, scale=request.guidance_scale, rescale=request.guidance_rescale)
-        denoiser = Denoiser(
-            lambda **arrays: self._pipe.engine("unet").predict(**arrays),
-            self._pipe.schedule,
-            guidance,
-            rows=manifest.batch,
-            prediction=manifest.prediction_type,
-        )
-        return denoiser, (*self._inputs.notices, *said, *said_too)
+    def _prepare_model(self) -> tuple[Model, tuple[str, ...]]:
+        """The UNet with both prompts, its refiner behind it, and what there is to say about them."""
+        model, notices = self._denoiser(self._pipe)
+        refiner = self._pipe.refiner
+        if refiner is None:
+            return model, (*self._inputs.notices, *notices)
+        refined, said = self._denoiser(refiner)
+        start = handover(self._pipe.schedule, self._sigmas, self.request.refine_at)
+        further = tuple(notice for notice in said if notice not in notices)
+        return Relay(model, refined, start), (*self._inputs.notices, *notices, *further)
 
-    def _context(self, given: Float | None, prompt: str) -> tuple[Conditioning, tuple[str, ...]]:
-        """Conditioning in the UNet's layout (1, width, 1, tokens), made elsewhere or encoded here."""
-        notices: tuple[str, ...] = ()
-        if given is None:
-            encoded = self._pipe.encode(prompt, self.request)
-            given, notices = encoded.context, encoded.notices
-        return Conditioning(context=np.ascontiguousarray(given.transpose(0, 2, 1)[:, :, None])), notices
+    def _denoiser(self, pipe: Pipeline) -> tuple[Denoiser, tuple[str, ...]]:
+        """One UNet with what its branches read."""
+        guidance, notices = guidance_of(pipe, self.request, self._inputs, self.n)
+        denoiser = Denoiser(
+            lambda **arrays: pipe.engine("unet").predict(**arrays),
+            pipe.schedule,
+            guidance,
+            rows=pipe.manifest.batch,
+            prediction=pipe.manifest.prediction_type,
+        )
+        return denoiser, notices
 
     def _noise(self) -> Float:
         """The initial noise e."""
@@ -205,6 +208,8 @@ class Run:
         """What the picture says about itself."""
         manifest = self._pipe.manifest
         model = {"name": manifest.name, "sha256": manifest.parts["unet"].source_sha256}
+        if self._pipe.refiner is not None:
+            model["refiner"] = self._pipe.refiner.manifest.name
         return text_chunks(
             dataclasses.asdict(self.request),
             version=__version__,

@@ -126,6 +126,21 @@ def last_steps(sigmas: Sigmas, strength: float) -> Sigmas:
     return sigmas[steps - kept :]
 
 
+def handover(schedule: NoiseSchedule, sigmas: Sigmas, share: float) -> int:
+    """Return the first step of a refiner: the first whose timestep lies in the lowest `1 - share` of the schedule.
+
+    By noise level and not by the count of steps, because a refiner was trained on the low levels alone (SDXL's: on
+    the lowest 200 of 1000). As diffusers' `denoising_end` and `denoising_start`.
+
+    Args:
+        sigmas: (N + 1,) of the run. share: in [0, 1].
+    """
+    count = len(schedule.sigmas)
+    cutoff = count - round(share * count)
+    # A level made of a whole timestep is that timestep but for rounding.
+    return sum(schedule.t_of_sigma(float(sigma)) >= cutoff - 1e-6 for sigma in sigmas[:-1])
+
+
 def _linspace(schedule: NoiseSchedule, steps: int) -> Sigmas:
     """t from T - 1 to 0, both ends taken: A1111's "uniform", diffusers' linspace for the k-diffusion samplers."""
     return schedule.sigma_of_t(np.linspace(len(schedule.sigmas) - 1, 0, steps))

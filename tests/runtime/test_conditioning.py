@@ -272,14 +272,14 @@ LAST = np.ones((1, 77, 4), np.float32)
 @pytest.mark.parametrize(
     ("predict", "settings", "error", "message"),
     [
-        (answer(last_hidden_state=LAST), {"clip_skip": 2}, RequestError, "gives its last layer only"),
+        (answer(last_hidden_state=LAST), {"clip_skip": 2}, RequestError, "gives one layer only"),
         (
             answer(last_hidden_state=LAST, hidden_states=LAST),
             {"clip_skip": 2},
             RequestError,
             "clip skip 2: expected 1 to 1",
         ),
-        (answer(hidden_embeds=LAST), {}, EngineError, "'last_hidden_state' is missing"),
+        (answer(states=LAST), {}, EngineError, "'last_hidden_state' is missing"),
         (answer(last_hidden_state=LAST[:, :76]), {}, EngineError, r"is \(1, 76, 4\), expected 3 dimensions with 77"),
         (answer(last_hidden_state=LAST), {"tokens": 100}, RequestError, "100 tokens, expected a multiple of 77"),
         (answer(last_hidden_state=LAST), {"tokens": 0}, RequestError, "0 tokens, expected a multiple of 77"),
