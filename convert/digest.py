@@ -1,4 +1,4 @@
-"""Which file was it? The sha256 of a source, counted in a thread beside the conversion."""
+"""Which file was it? The sha256 of the sources, counted in a thread beside the conversion."""
 
 from __future__ import annotations
 
@@ -6,45 +6,44 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from glassine.convert.checkpoint import Checkpoint
-from glassine.convert.names import Part
 from glassine.errors import CheckpointError
 
+Files = tuple[Path, ...]
 _WINDOW = 32 << 20  # bytes
 
 
 @contextmanager
-def digests(checkpoint: Checkpoint, parts: set[Part], *, skip: bool) -> Iterator[Callable[[], dict[Part, str]]]:
-    """Hash the source in a thread beside the conversion; the function given waits for the sha256 of each part.
+def digests(groups: Iterable[Files], *, skip: bool = False) -> Iterator[Callable[[], Mapping[Files, str]]]:
+    """Hash files in a thread beside the conversion; the function given waits for the sha256 of each group.
 
-    The digest is that of the part's file, or of its shards one after the other in the order of their names. Hashing
-    begins at once, so that on a cold disk it also reads the file ahead of the copying.
+    The digest of a group is that of its files one after the other, in their order (a file, or the shards of a part).
+    Hashing begins at once, so that on a cold disk it also reads the files ahead of the copying.
     """
-    files = {part: _files(checkpoint, part) for part in parts}
+    wanted = sorted({group for group in groups if group})
     stop = threading.Event()
 
-    def work() -> dict[tuple[Path, ...], str]:
-        return {group: _sha256(group, stop) for group in sorted(set(files.values()))}
+    def work() -> dict[Files, str]:
+        return {group: _sha256(group, stop) for group in wanted}
 
     with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
         hashed = None if skip else pool.submit(work)
 
-        def wait() -> dict[Part, str]:
+        def wait() -> Mapping[Files, str]:
             if hashed is None:
                 return {}
             try:
-                digests = hashed.result()
+                return hashed.result()
             except (OSError, ValueError) as error:  # ValueError: the file became shorter than its window
+                files = ", ".join(dict.fromkeys(str(path) for group in wanted for path in group))
                 raise CheckpointError(
-                    f"{checkpoint.path}: cannot be read to its end ({error}); expected a file that nothing else "
-                    "changes while it is converted: try again"
+                    f"{files}: cannot be read to the end ({error}); expected files that nothing else "
+                    "changes while they are converted: try again"
                 ) from None
-            return {part: digests[group] for part, group in files.items()}
 
         try:
             yield wait
@@ -52,14 +51,7 @@ def digests(checkpoint: Checkpoint, parts: set[Part], *, skip: bool) -> Iterator
             stop.set()
 
 
-def _files(checkpoint: Checkpoint, part: Part) -> tuple[Path, ...]:
-    if checkpoint.path.is_dir():
-        found = {tensor.path for key, tensor in checkpoint.tensors.items() if key.startswith(f"{part}/")}
-        return tuple(sorted(found))
-    return (checkpoint.path,)
-
-
-def _sha256(paths: tuple[Path, ...], stop: threading.Event) -> str:
+def _sha256(paths: Files, stop: threading.Event) -> str:
     """Hash the files as one, mapped a window at a time: no copy, and no more memory than a window.
 
     The window is big because between two of them this thread waits for its turn at the interpreter (5 ms), which the

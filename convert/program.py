@@ -66,11 +66,15 @@ class Requests:
 
     What does not fit is collected, so that `check` can name all of it at once.
 
-    shapes: the canonical weights there are; None accepts every name (for programs without a checkpoint).
+    shapes: the canonical weights there are; None accepts every name (for programs without a checkpoint). renamed:
+    canonical name -> the name that the plan knows the weight by, where several networks share one plan.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]] | None = None, renamed: Mapping[str, str] | None = None
+    ) -> None:
         self._shapes = shapes
+        self._renamed: Mapping[str, str] = {} if renamed is None else renamed
         self._missing: list[str] = []
         self._misshapen: list[str] = []
         self.asked: set[str] = set()
@@ -96,7 +100,7 @@ class Requests:
             elif [size for size in stored if size != 1] != [size for size in shape if size != 1]:
                 self._misshapen.append(f"{name} is {stored}, expected {shape}")
         stored_as: Literal["float16", "float32"] = "float32" if np.dtype(dtype) == np.float32 else "float16"
-        return StandIn.of(Weight(name, shape, float(scale), stored_as))
+        return StandIn.of(Weight(self._renamed.get(name, name), shape, float(scale), stored_as))
 
     def check(self, source: str) -> None:
         """Raise for everything the network asked for and `source` could not give.
@@ -198,17 +202,22 @@ Tensors = dict[str, tuple[tuple[int, ...], str]]
 class Lowered:
     """A program ready to be written: the bytes of model.mlmodel, the plan of weight.bin, inputs and outputs.
 
-    inputs, outputs: name -> (shape, "float16" | "float32" | "int32").
+    inputs, outputs: name -> (shape, "float16" | "float32" | "int32"). parameters: elements of this program's weights;
+    a plan that several programs share counts those of all.
     """
 
     model: bytes
     plan: Plan
     inputs: Tensors
     outputs: Tensors
+    parameters: int
 
 
-def lower(program: Program, description: Description | None = None) -> Lowered:
+def lower(program: Program, description: Description | None = None, plan: Plan | None = None) -> Lowered:
     """Turn `program` into a model and a weight plan; no weight is read.
+
+    plan: of other programs, which this one is to share a weight.bin with: what they have too is not stored twice, what
+    is new goes behind it.
 
     Raises:
         ConversionError: a weight was folded into a constant or lost on its way through the graph.
@@ -218,7 +227,7 @@ def lower(program: Program, description: Description | None = None) -> Lowered:
     for name in ("common::dedup_op_and_var_names", "mil_backend::sanitize_name_strings"):
         PASS_REGISTRY[name](program)
     _check_provenance(program)
-    plan = Plan()
+    plan = Plan() if plan is None else plan
     version = int(program.functions["main"].opset_version)
     model = _model(program, version, description if description is not None else Description())
     model.mlProgram.CopyFrom(_export(program, version, plan))
@@ -228,7 +237,15 @@ def lower(program: Program, description: Description | None = None) -> Lowered:
         plan=plan,
         inputs=_tensors(model.description.input),
         outputs=_tensors(model.description.output),
+        parameters=_parameters(program),
     )
+
+
+def _parameters(program: Program) -> int:
+    """Count the elements of the weights, each weight once."""
+    values = (op.outputs[0].val for op in program.functions["main"].operations if op.op_type == "const")
+    sizes = {(val.weight.name, val.weight.scale): val.size for val in values if isinstance(val, StandIn) and val.weight}
+    return sum(sizes.values())
 
 
 def _check_provenance(program: Program) -> None:

@@ -226,7 +226,7 @@ UNET = "model.diffusion_model."
         ),
         (
             lambda t: t.update({"first_stage_model.decoder.extra": np.ones(5)}),
-            "1 keys of the vae are of no use to it: first_stage_model.decoder.extra",
+            "1 keys of the vae_decoder are of no use to it: first_stage_model.decoder.extra",
         ),
         (lambda t: t.update(extra=np.ones(5)), "1 keys belong to no known network: extra"),
         (
@@ -307,7 +307,7 @@ def test_a_link_stays_a_link(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage", ["open_checkpoint", "detect", "tokenizer_files", "lower", "check_space", "write_files", "_manifest"]
+    "stage", ["open_checkpoint", "detect", "tokenizer_files", "plan_packages", "check_space", "write_packages", "parts"]
 )
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_interrupt_at_any_stage_leaves_what_was_there(

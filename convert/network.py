@@ -1,0 +1,117 @@
+"""What is to be converted: a folder's options, and one `Network` for each kind of package that goes into it.
+
+A checkpoint is a list of networks; a ControlNet, a transparent decoder or a patched UNet is one more. What all further
+networks have to fit is the `Base`: the checkpoint they come with, or the folder they are added to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from glassine.convert.checkpoint import Checkpoint
+from glassine.convert.program import Requests
+from glassine.convert.weights import WeightSource
+from glassine.errors import ConversionError
+from glassine.models.config import Attention, Family, Layout, Prediction
+
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Program
+
+Role = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """What to make of a checkpoint.
+
+    sizes: (width, height) in pixels, multiples of 8; the first is the folder's own, each further one adds a UNet and a
+        VAE that share the weights. Empty: the size the family was trained at.
+    batch: rows per UNet call; 2 is one picture with guidance. tokens: of the UNet's context, a multiple of the text
+        encoder's.
+    part: only this network ("vae": both ways).
+    name: of the model; None takes the source's file name.
+    prediction_type: overrides what the source says.
+    tokenizer: a folder with vocab.json and merges.txt, in the place of CLIP's.
+    overwrite: replace a folder that Glassine made, once the new one is complete.
+    dry_run: check everything and write nothing.
+    """
+
+    sizes: tuple[Size, ...] = ()
+    batch: int = 2
+    tokens: int = 77
+    attention: Attention = "split"
+    layout: Layout = "channels_first"
+    part: Role | Literal["vae"] | None = None
+    name: str | None = None
+    prediction_type: Prediction | None = None
+    tokenizer: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for width, height in self.sizes:
+            if width < 64 or height < 64 or width % 8 or height % 8:
+                raise ConversionError(f"size {width}x{height}: width and height are multiples of 8, 64 or more")
+        if len(set(self.sizes)) != len(self.sizes):
+            raise ConversionError("the same size is asked for twice")
+        if self.batch < 1:
+            raise ConversionError(f"batch {self.batch}: expected 1 or more; 2 is one picture with guidance")
+        if self.tokens < 1:
+            raise ConversionError(f"tokens {self.tokens}: expected 77 or a multiple of it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """One network to be written, as a package for every size.
+
+    key: in the manifest, for the first size ("unet", "control:canny"); a further size adds "_768x512". role: what it
+        does there. package: the file's stem, which takes the same suffix.
+    weights: by canonical name; all of them are used, but for names that begin with one of `leaves`, which another
+        network takes. source: what messages call them. files: what `Part.source_sha256` is the digest of.
+    write: writes the graph for a size in pixels.
+    config: the network's description, a dataclass of `glassine.models.config`.
+    about: what only this kind of part has to say. hashed: further entries of `about` -> files of which they are the
+        sha256.
+    beside: the key of a network whose weight.bin this one lives in, hard-linked; it has that network's weights, but
+        for the names in `changed`, which get records of their own.
+    sizes: None means all of the folder's.
+    attention, layout: the form it is written in; None where it has no choice.
+    """
+
+    key: str
+    role: str
+    package: str
+    weights: WeightSource
+    source: Checkpoint
+    files: tuple[Path, ...]
+    write: Callable[[Requests, Size], Program]
+    config: Any
+    summary: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+    hashed: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    beside: str | None = None
+    changed: frozenset[str] = frozenset()
+    leaves: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] | None = None
+    attention: Attention | None = None
+    layout: Layout | None = None
+    precision: str = "float16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The model that further networks are for.
+
+    unet: its UNet's weights. source, files: where those come from. options: how its folder is written; `sizes` is never
+    empty here.
+    """
+
+    family: Family
+    unet: WeightSource
+    source: Checkpoint
+    files: tuple[Path, ...]
+    options: ConvertOptions

@@ -1,0 +1,269 @@
+"""Networks -> packages: write every graph, hold it against the weights, copy them, say what each package is.
+
+Packages whose plans are equal (one network at several sizes) or common (networks that live beside each other) share one
+weight.bin, hard-linked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine import __version__
+from glassine.convert.checkpoint import shorten
+from glassine.convert.digest import Files
+from glassine.convert.network import Network, Size
+from glassine.convert.package import write_files
+from glassine.convert.program import Description, Lowered, Plan, Requests, lower
+from glassine.convert.weights import Span, WeightSource
+from glassine.errors import ConversionError
+from glassine.manifest import Part
+
+_FEATURES = {
+    "input_ids": "The token ids of the prompt, padded to this length.",
+    "last_hidden_state": "One vector a token.",
+    "pooled_outputs": "One vector for the whole prompt.",
+    "hidden_states": "One vector a token after every layer, for a choice of clip skip.",
+    "sample": "The noisy latents; the first half of the batch without, the second with guidance.",
+    "timestep": "The time of the diffusion, 0 (clean) to 999 (noise).",
+    "encoder_hidden_states": "The encoded prompt, (batch, width, 1, tokens).",
+    "noise_pred": "What the model predicts of the noise.",
+    "z": "A clean latent, divided by the latent scale.",
+    "image": "The picture, RGB, -1 to 1.",
+    "x": "The picture, RGB, -1 to 1.",
+    "latent": "Mean and logarithm of the variance of the latent, not multiplied by the latent scale.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is: `done` of `total` steps (stage "graphs") or bytes (stage "weights") of `package`."""
+
+    stage: Literal["graphs", "weights"]
+    package: str
+    done: int
+    total: int
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One package to be written; `weights` serve its whole plan, which it may share."""
+
+    network: Network
+    size: Size
+    suffix: str  # of a size that is not the folder's own, "_768x512"
+    lowered: Lowered
+    weights: WeightSource
+
+    @property
+    def name(self) -> str:
+        """The package's stem."""
+        return self.network.package + self.suffix
+
+    @property
+    def file(self) -> str:
+        """The package's file name."""
+        return f"{self.name}.mlpackage"
+
+    @property
+    def key(self) -> str:
+        """Its key in the manifest."""
+        return self.network.key + self.suffix
+
+    @property
+    def home(self) -> str:
+        """The key of the network in whose weight.bin it lives."""
+        return self.network.key if self.network.beside is None else self.network.beside
+
+
+def plan_packages(networks: Sequence[Network], sizes: Sequence[Size], name: str, report: Report) -> list[Planned]:
+    """Write every graph and hold it against the weights; nothing is on disk yet.
+
+    Args:
+        networks: a network that lives beside another one comes after it.
+        sizes: of the folder, its own first.
+        name: of the model.
+        report: called before each graph.
+
+    Raises:
+        ConversionError: weights are missing, left over, or of another shape.
+    """
+    jobs = [(network, size) for network in networks for size in (sizes if network.sizes is None else network.sizes)]
+    plans: dict[tuple[str, Size], Plan] = {}
+    homes = _homes(networks)
+    asked: dict[int, set[str]] = {}
+    packages = []
+    for i, (network, size) in enumerate(jobs):
+        suffix = "" if size == sizes[0] else f"_{size[0]}x{size[1]}"
+        report(Progress("graphs", network.package + suffix, i, len(jobs)))
+        requests = Requests(network.weights.shapes, {weight: f"{network.key}:{weight}" for weight in network.changed})
+        with _collector_off():
+            program = network.write(requests, size)
+            requests.check(str(network.source.path))
+            home = network.key if network.beside is None else network.beside
+            lowered = lower(program, _description(network, name), plans.setdefault((home, size), Plan()))
+        asked.setdefault(id(network.weights), set()).update(requests.asked)
+        packages.append(Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home]))
+    for network in networks:
+        _check_all_used(network, asked[id(network.weights)])
+    report(Progress("graphs", "", len(jobs), len(jobs)))
+    return packages
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Spare the garbage collector a graph of a million objects that all stay: a fifth of the time to write it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class _Home:
+    """The weights of one weight.bin: a network's own, and "key:name" for what those that live beside it changed."""
+
+    def __init__(self, own: WeightSource, guests: Mapping[str, WeightSource]) -> None:
+        self._sources = {"": own, **guests}
+        self.shapes = {
+            **own.shapes,
+            **{f"{key}:{name}": shape for key, guest in guests.items() for name, shape in guest.shapes.items()},
+        }
+
+    def _find(self, name: str) -> tuple[WeightSource, str]:
+        key, _, rest = name.rpartition(":")
+        return self._sources[key], rest
+
+    def span(self, name: str) -> Span | None:
+        source, rest = self._find(name)
+        return source.span(rest)
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        source, rest = self._find(name)
+        return source.read(rest, start, stop)
+
+    def key(self, name: str) -> str:
+        source, rest = self._find(name)
+        return source.key(rest)
+
+    def origin(self, name: str) -> str:
+        source, rest = self._find(name)
+        return source.origin(rest)
+
+
+def _homes(networks: Sequence[Network]) -> dict[str, WeightSource]:
+    return {
+        host.key: _Home(host.weights, {guest.key: guest.weights for guest in networks if guest.beside == host.key})
+        for host in networks
+        if host.beside is None
+    }
+
+
+def _check_all_used(network: Network, asked: set[str]) -> None:
+    names = network.weights.shapes
+    unused = [network.weights.key(name) for name in names if name not in asked and not name.startswith(network.leaves)]
+    if unused:
+        raise ConversionError(
+            f"{network.source.path}: {len(unused)} keys of the {network.key} are of no use to it: {shorten(unused)}; "
+            "this is a variant that Glassine does not know"
+        )
+
+
+def _description(network: Network, name: str) -> Description:
+    said = network.source.metadata
+    return Description(
+        author=said.get("modelspec.author", ""),
+        licence=said.get("modelspec.license", ""),
+        version=name,
+        summary=network.summary,
+        features=_FEATURES,
+        user_defined={
+            "com.github.apple.coremltools.version": version("coremltools"),
+            "com.github.apple.coremltools.source": "milinternal",
+            "glassine.version": __version__,
+            "glassine.role": network.role,
+        },
+    )
+
+
+def bytes_needed(packages: Sequence[Planned]) -> int:
+    """What the packages take on a disk with hard links."""
+    return sum(
+        len(package.lowered.model) + (package.lowered.plan.file_size if _twin(packages, package) is None else 0)
+        for package in packages
+    )
+
+
+def _twin(packages: Sequence[Planned], package: Planned) -> Planned | None:
+    """An earlier package whose weight.bin is the same, byte for byte."""
+    for other in packages:
+        if other is package:
+            return None
+        if other.home == package.home and other.lowered.plan == package.lowered.plan:
+            return other
+    return None
+
+
+def write_packages(folder: Path, packages: Sequence[Planned], report: Report) -> None:
+    """Write the packages into `folder`.
+
+    Raises:
+        ConversionError: a weight is not finite, or too large for fp16.
+        OSError: the disk.
+    """
+    for package in packages:
+        total = package.lowered.plan.file_size
+        done = 0
+
+        def copied(count: int, name: str = package.name, total: int = total) -> None:
+            nonlocal done
+            done += count
+            report(Progress("weights", name, done, total))
+
+        place = folder / package.file
+        place.mkdir()
+        twin = _twin(packages, package)
+        same_as = None if twin is None else folder / twin.file
+        write_files(place, package.lowered, package.weights, copied, same_as=same_as)
+
+
+def hashed_files(networks: Sequence[Network]) -> list[Files]:
+    """The groups of files whose sha256 the manifest will hold."""
+    return [files for network in networks for files in (network.files, *network.hashed.values())]
+
+
+def parts(packages: Sequence[Planned], digests: Mapping[Files, str]) -> dict[str, Part]:
+    """Describe the packages for glassine.json; `digests` is empty where nothing was hashed."""
+    return {package.key: _part(package, digests) for package in packages}
+
+
+def _part(package: Planned, digests: Mapping[Files, str]) -> Part:
+    network = package.network
+    return Part(
+        file=package.file,
+        role=network.role,
+        inputs=package.lowered.inputs,
+        outputs=package.lowered.outputs,
+        parameters=package.lowered.parameters,
+        precision=network.precision,
+        source=network.source.path.name,
+        source_sha256=digests.get(network.files, ""),
+        attention=network.attention,
+        layout=network.layout,
+        config=dataclasses.asdict(network.config),
+        about={**network.about, **{key: digests.get(files, "") for key, files in network.hashed.items()}},
+    )
