@@ -1,0 +1,324 @@
+"""LoRA and its kin as patches over a model's weights, merged in float32 while they stream into the packages.
+
+LoRA, LoCon, LoHa, LoKr, DoRA, full differences, norms, OFT, in the spellings of kohya, diffusers, PEFT and ComfyUI; any
+number, each with a strength for the UNet and one for the text encoders. A key that changes nothing here is an error:
+half a LoRA draws something its author never saw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.convert.checkpoint import Checkpoint, Tensor, open_checkpoint, shorten
+from glassine.convert.lora_kinds import Delta, Float, Tensors, delta_of, rescaled, rotated
+from glassine.convert.lora_names import Module, Spellings, split_key
+from glassine.convert.weights import Patched, WeightSource
+from glassine.errors import ConversionError
+
+_PIECE = 1 << 20  # elements of a difference that are in memory at a time
+_MATRICES = ("oft_blocks", "rescale", "alpha")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA and how strongly it is merged: 1 as trained, 0 not at all, negative the other way."""
+
+    path: Path
+    unet: float = 1.0
+    text: float = 1.0
+
+    @classmethod
+    def parse(cls, words: str) -> LoraFile:
+        """Read `FILE`, `FILE=0.8` (both) or `FILE=0.8,0.5` (UNet, text)."""
+        file, equals, tail = words.rpartition("=")
+        try:
+            strengths = [float(number) for number in tail.split(",")] if equals else [1.0]
+        except ValueError:  # the equals sign belongs to the name
+            return cls(Path(words))
+        if len(strengths) > 2 or not all(map(math.isfinite, strengths)) or (equals and not file):
+            raise ConversionError(
+                f"LoRA {words!r}: expected FILE, FILE=STRENGTH or FILE=UNET,TEXT, such as style.safetensors=0.8"
+            )
+        return cls(Path(file if equals else words), strengths[0], strengths[-1])
+
+    def strength(self, part: str) -> float:
+        """Its strength for a part of the model."""
+        return self.unet if part == "unet" else self.text
+
+
+def with_loras(parts: Mapping[Any, WeightSource], files: Sequence[LoraFile]) -> dict[Any, WeightSource]:
+    """Return the parts with the LoRAs over them, the first one at the bottom.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        ConversionError: keys of a file change nothing in these parts, or its shapes are not theirs.
+    """
+    patches: dict[Any, list[Lora]] = {part: [] for part in parts}
+    for file in files:
+        for part, patch in lora_patches(file, parts).items():
+            patches[part].append(patch)
+    return {part: Patched(source, patches[part]) if patches[part] else source for part, source in parts.items()}
+
+
+def lora_patches(file: LoraFile, parts: Mapping[Any, WeightSource]) -> dict[str, Lora]:
+    """Open a LoRA file for these parts: a patch for each part that it changes at its strength."""
+    checkpoint = open_checkpoint(file.path)
+    changes = _changes(checkpoint, file, parts)
+    patches: dict[str, Lora] = {}
+    for part, source in parts.items():
+        own = {module.name: tensors for module, tensors in changes.items() if module.part == part}
+        if own and file.strength(part) != 0:
+            patches[part] = Lora(checkpoint, own, source.shapes, file.strength(part))
+    return patches
+
+
+def _changes(
+    checkpoint: Checkpoint, file: LoraFile, parts: Mapping[Any, WeightSource]
+) -> dict[Module, dict[str, Tensor]]:
+    """The file's tensors by module and role; every key has to find its place."""
+    spellings = Spellings({part: source.shapes for part, source in parts.items()})
+    changes: dict[Module, dict[str, Tensor]] = {}
+    unmatched: list[str] = []
+    for key, tensor in checkpoint.tensors.items():
+        spelt = split_key(key)
+        module = spellings.find(spelt[0]) if spelt is not None else None
+        if spelt is None or module is None:
+            if not (file.text == 0 and key.startswith(("lora_te", "text_encoder"))):
+                unmatched.append(key)
+            continue
+        roles = changes.setdefault(module, {})
+        if spelt[1] in roles:
+            raise ConversionError(
+                f'{checkpoint.path}: "{roles[spelt[1]].key}" and "{key}" are the same tensor under two names'
+            )
+        roles[spelt[1]] = tensor
+    if unmatched:
+        _refuse(checkpoint, unmatched, spellings, parts)
+    if not changes:
+        raise ConversionError(f"{checkpoint.path}: there is nothing in here that changes a model")
+    return changes
+
+
+def _refuse(checkpoint: Checkpoint, unmatched: list[str], spellings: Spellings, parts: Mapping[Any, Any]) -> None:
+    said = checkpoint.metadata.get("ss_base_model_version", checkpoint.metadata.get("modelspec.architecture"))
+    made_for = f"; its header says it was made for {said}" if said else ""
+    for key in unmatched:
+        spelt = split_key(key)
+        shared = spellings.ambiguous(spelt[0]) if spelt is not None else []
+        if shared:
+            raise ConversionError(f'{checkpoint.path}: "{key}" may mean {" or ".join(shared)}; nothing was merged')
+    text = any(key.startswith(("lora_te", "text_encoder")) for key in unmatched)
+    advice = "; FILE=0.8,0 merges it without its text encoder" if text and "text_encoder" not in parts else ""
+    raise ConversionError(
+        f"{checkpoint.path}: {len(unmatched)} of {len(checkpoint.tensors)} keys change nothing in this model "
+        f"({', '.join(parts)}): {shorten(sorted(unmatched))}{made_for}; nothing was merged{advice}"
+    )
+
+
+class Lora:
+    """The patch that one file is to one part: see `glassine.convert.weights.Patch`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        changes: Mapping[str, Mapping[str, Tensor]],
+        base: Mapping[str, tuple[int, ...]],
+        strength: float,
+    ) -> None:
+        self._path = checkpoint.path
+        self._strength = strength
+        self._alphas = _Alphas(checkpoint)
+        self._tensors: dict[str, Tensors] = {}
+        self._deltas: dict[str, Delta] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for module, tensors in changes.items():
+            t = Tensors(f"{checkpoint.path}: {module}", tensors)
+            for name, role in ((f"{module}.weight", None), (f"{module}.bias", "bias")):
+                if self._takes(name, role, t, base):
+                    self._tensors[name] = t
+                    self.shapes[name] = base[name]
+
+    def _takes(self, name: str, role: str | None, t: Tensors, base: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether the tensors change the weight `name`, once their shapes have been held against it."""
+        if role is not None:
+            if role in t:
+                self._expect(name in base, t, role, "the model has no such bias")
+                self._expect(math.prod(t.shape(role)) == math.prod(base[name]), t, role, f"the bias is {base[name]}")
+            return role in t
+        if "oft_blocks" in t:
+            blocks = t.shape("oft_blocks", 3)
+            fits = blocks[1] == blocks[2] and blocks[0] * blocks[1] == base[name][0]
+            self._expect(fits and t.roles <= {*_MATRICES, "bias"}, t, "oft_blocks", f"the weight is {base[name]}")
+            if "rescale" in t:
+                fits = math.prod(t.shape("rescale")) == base[name][0]
+                self._expect(fits, t, "rescale", f"the weight is {base[name]}")
+            return True
+        delta = delta_of(t)
+        if delta is None:
+            return False
+        if not _fits(delta.shape, base[name]):
+            roles = ", ".join(f"{t.key(role)} {t.shape(role)}" for role in sorted(t.roles - {"alpha", "bias"}))
+            raise ConversionError(
+                f"{self._path}: {roles} make a difference of shape {delta.shape}, the model's {name} is {base[name]}; "
+                "the file was made for another model"
+            )
+        if _squeezed(delta.shape) != _squeezed(base[name]) and len(delta.shape) == 4:
+            changed = delta.shape  # a part of the input channels
+        else:
+            changed = base[name]
+        for dora in {"dora", "magnitude"} & t.roles:
+            fits = math.prod(t.shape(dora)) in _dora_sizes(changed)
+            self._expect(fits, t, dora, f"the weight is {changed}")
+        self._deltas[name] = delta._replace(shape=changed)
+        return True
+
+    def _expect(self, condition: bool, t: Tensors, role: str, why: str) -> None:
+        if not condition:
+            raise ConversionError(f'{self._path}: tensor "{t.key(role)}" has shape {t.shape(role)}, but {why}')
+
+    def origin(self, name: str) -> str:
+        """File and strength."""
+        return f"{self._path} ({self._strength:g})"
+
+    def apply(self, name: str, weight: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """Return the weight with the LoRA in it; `weight` itself may be changed."""
+        assert weight is not None  # _takes refuses what is not in the base
+        t = self._tensors[name]
+        if name.endswith(".bias"):
+            return weight + np.float32(self._strength) * t.read("bias").reshape(weight.shape)
+        if "oft_blocks" in t:
+            return self._rotated(t, weight)
+        delta = self._deltas[name]
+        region = weight
+        narrower = weight.ndim == len(delta.shape) > 1 and delta.shape[1] < weight.shape[1]
+        if narrower:  # conv_in of an inpainting model: the latents' channels are the first ones
+            region = weight[:, : delta.shape[1]]
+        flat = np.ascontiguousarray(region).reshape(region.shape[0] if region.ndim else 1, -1)
+        changed = self._dora(t, delta, name, flat) if {"dora", "magnitude"} & t.roles else flat
+        if changed is flat:
+            self._add(delta, self._strength * self._scale(t, delta, name), flat)
+        if narrower or changed is not flat:
+            region[...] = changed.reshape(region.shape)
+        return weight
+
+    def _scale(self, t: Tensors, delta: Delta, name: str) -> float:
+        """What the file itself multiplies with: alpha / rank."""
+        if delta.rank is None:
+            return 1.0
+        if "alpha" not in t:
+            return self._alphas.scale(name.removesuffix(".weight"), delta.rank)
+        return self._alpha(t) / delta.rank
+
+    def _alpha(self, t: Tensors) -> float:
+        values = t.read("alpha").reshape(-1)
+        if values.size != 1 or not np.isfinite(values[0]):
+            raise ConversionError(f'{self._path}: tensor "{t.key("alpha")}" is no number: {values[:4]}')
+        return float(values[0])
+
+    def _add(self, delta: Delta, factor: float, flat: Float) -> None:
+        """Add `factor` times the difference to the matrix, some rows at a time."""
+        rows = delta.open()
+        step = max(1, _PIECE // max(1, flat.shape[1]))
+        for start in range(0, len(flat), step):
+            stop = min(start + step, len(flat))
+            flat[start:stop] += np.float32(factor) * rows(start, stop)
+
+    def _dora(self, t: Tensors, delta: Delta, name: str, flat: Float) -> Float:
+        """W + m (V / |V| * magnitude - W) with V = W + s * delta."""
+        moved = flat.copy()
+        self._add(delta, self._scale(t, delta, name), moved)
+        role = "magnitude" if "magnitude" in t else "dora"
+        rows, columns = _dora_sizes(delta.shape)
+        # PEFT's are norms of rows. In LyCORIS' files the shape tells: (out, 1, ...) rows, (1, in, ...) columns.
+        shape = t.shape(role)
+        by_columns = role == "dora" and len(shape) > 1 and shape[0] == 1 and shape[1] == columns != 1
+        if math.prod(shape) != (columns if by_columns else rows):
+            raise ConversionError(f'{self._path}: tensor "{t.key(role)}" {shape} does not fit a weight {delta.shape}')
+        target = rescaled(moved.reshape(rows, columns, -1), t.read(role).reshape(-1), by_columns).reshape(flat.shape)
+        return flat + np.float32(self._strength) * (target - flat)
+
+    def _rotated(self, t: Tensors, weight: Float) -> Float:
+        """W + m (rescale * Rt W - W)."""
+        flat = weight.reshape(weight.shape[0], -1)
+        constraint = self._alpha(t) * weight.shape[0] if "alpha" in t else 0.0
+        target = rotated(flat, t.read("oft_blocks"), constraint)
+        if "rescale" in t:
+            target *= t.read("rescale").reshape(-1, 1)
+        return (flat + np.float32(self._strength) * (target - flat)).reshape(weight.shape)
+
+
+def _dora_sizes(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns that a magnitude may belong to."""
+    return shape[0], shape[1] if len(shape) > 1 else 1
+
+
+def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a difference fits a weight.
+
+    Sizes of 1 do not count (a 1x1 convolution is a matrix), LoHa and LoKr may keep the kernel in the columns, and the
+    first convolution of an inpainting model, which has more input channels, takes a LoRA of the plain one.
+    """
+    if _squeezed(shape) == _squeezed(weight) or (len(shape) == 2 and shape == _matrix(weight)):
+        return True
+    wider = len(shape) == len(weight) == 4 and shape[1] == 4 < weight[1]
+    return wider and (shape[0], *shape[2:]) == (weight[0], *weight[2:])
+
+
+def _squeezed(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+class _Alphas:
+    """Alphas that are not tensors: in diffusers' header, or in the adapter_config.json beside PEFT's own files."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._configs = list(_configs(checkpoint))
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) where rank-stabilised (arXiv 2312.03732); 1 where nothing is said."""
+        for config in self._configs:
+            alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
+            if isinstance(alpha, (int, float)) and math.isfinite(alpha):
+                return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+        return 1.0
+
+
+def _pattern(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's pattern is the end of a module's name. (It may be a regular expression; none from a stranger is run.)"""
+    for name, value in patterns.items() if isinstance(patterns, dict) else ():
+        if module == name or module.endswith(f".{name}"):
+            return value
+    return default
+
+
+def _configs(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    text = checkpoint.metadata.get("lora_adapter_metadata")
+    where = f"{checkpoint.path}: lora_adapter_metadata"
+    beside = checkpoint.path.parent / "adapter_config.json"
+    from_peft = any(key.startswith("base_model.model.") for key in checkpoint.tensors)
+    try:
+        if text is None and from_peft and beside.is_file():
+            where, text = str(beside), beside.read_text(encoding="utf-8")
+        if text is None:
+            return
+        said = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{where} cannot be read ({error}); its strength would be wrong") from None
+    if not isinstance(said, dict):
+        raise ConversionError(f"{where} is no JSON object; its strength would be wrong")
+    parts = {key.partition(".")[0] for key in said if key.startswith(("unet.", "text_encoder"))}
+    yield from ({key[len(part) + 1 :]: said[key] for key in said if key.startswith(f"{part}.")} for part in parts)
+    if not parts:
+        yield said
