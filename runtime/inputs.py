@@ -6,7 +6,7 @@ Files, PIL images and arrays all arrive here, are brought to the model's size, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from glassine.errors import RequestError
 from glassine.runtime.change_map import is_description, parse, soften
+from glassine.runtime.control import ReadyControl
 from glassine.runtime.image import (
     Fit,
     Picture,
@@ -69,6 +70,8 @@ class Inputs:
     latents: (1, 4, h, w) the initial noise e, unit normal. noise: index -> (1, 4, h, w), the noise of stochastic steps.
     context, negative_context: (1, tokens, width) conditioning made elsewhere; SDXL's comes with pooled, negative_pooled
         (1, d).
+    layers: (H, W, 4) uint8, straight alpha, the pictures that a layer model is given, by their names ("fg", "bg").
+    controls: what steers it beside the prompt, see `control_pictures.with_controls`.
     files: what image and map were, for the picture's metadata. notices: what was done to them, for the user.
     """
 
@@ -82,6 +85,8 @@ class Inputs:
     negative_context: Float | None = None
     pooled: Float | None = None
     negative_pooled: Float | None = None
+    layers: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    controls: tuple[ReadyControl, ...] = ()
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
@@ -116,7 +121,7 @@ def read_inputs(
     picture = read_picture(image, keep_alpha=keep_alpha)
     fitted = fit_picture(picture, width, height, fit)
     values, described, notices = _change_map(maps, picture, width, height, fit)
-    files = {"image": _describe(image, picture.pixels)}
+    files = {"image": describe(image, picture.pixels)}
     if described is not None:
         files["change_map"] = described
     return Inputs(
@@ -143,7 +148,7 @@ def _change_map(
         return (values if maps.white == "change" else 1 - values), described, ()
     read = read_map(source, white=maps.white)
     fitted = fit_map(read, picture.size, width, height, fit)
-    described = {**_describe(source, read.values), "kind": "map", "white": maps.white}
+    described = {**describe(source, read.values), "kind": "map", "white": maps.white}
     values = fitted.values
     if maps.mask is not None:
         values = soften(values >= 0.5, maps.softness)
@@ -184,7 +189,16 @@ def _recorded_softness(text: str) -> float:
 
 
 def _recorded_file(record: Record, role: str, folder: Path) -> Path:
-    said, option = record.inputs[role], {"image": "--image", "change_map": "--map or --mask"}[role]
+    option = {"image": "--image", "change_map": "--map or --mask"}[role]
+    return recorded_file(record.inputs[role], role, folder, option)
+
+
+def recorded_file(said: Mapping[str, str], role: str, folder: Path, option: str) -> Path:
+    """Return the file that a PNG was drawn from, if it lies in `folder` or the current one and is the same.
+
+    Raises:
+        RequestError: it is not there or has other content, or it was an array; says that `option` gives another.
+    """
     if not said["name"]:
         raise RequestError(f"the {role} of this picture was an array in Python, not a file; give it with {option}")
     # Only the plain name counts: a PNG must not make Glassine read files elsewhere.
@@ -197,8 +211,8 @@ def _recorded_file(record: Record, role: str, folder: Path) -> Path:
     raise RequestError(f"{said['name']}: the {role} this picture was drawn from is not here; give it with {option}")
 
 
-def _describe(source: Source, content: NDArray[np.generic]) -> dict[str, str]:
-    """A file by its name and hash, never by its folder (pictures are shared); anything else by its content's hash."""
+def describe(source: Source, content: NDArray[np.generic]) -> dict[str, str]:
+    """Return a file by its name and hash, never by its folder (pictures are shared); anything else by its content's hash."""
     if isinstance(source, (str, Path)):
         return {"name": Path(source).name, "sha256": file_sha256(Path(source))}
     return {"name": "", "sha256": hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest()}

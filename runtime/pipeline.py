@@ -30,6 +30,7 @@ from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.image import Source
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.latents import encode_image
+from glassine.runtime.layer_run import LayerRun
 from glassine.runtime.request import DEFAULT_STRENGTH, Request
 from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
@@ -114,7 +115,8 @@ class Pipeline:
             image: the picture to change: a path, PIL image or (H, W, 3) uint8 array.
             change_map: how much each pixel of it may change: a path, array in [0, 1] or words (docs/change-maps.md).
             mask, softness: instead of a map: what may change, and pixels of soft border outside it.
-            output: "pil" an image, "numpy" (H, W, 3) uint8, "latent" (1, 4, h, w) float32.
+            output: "pil" an image, "numpy" (H, W, 3) uint8, "latent" (1, 4, h, w) float32. With `transparent=True`
+                pictures are RGBA, straight alpha.
             inputs: arrays made elsewhere, by the names of `Inputs`: latents, noise, context, negative_context.
             settings: the fields of `Request`, such as steps, sampler, seed, strength, guidance_scale.
 
@@ -124,7 +126,8 @@ class Pipeline:
         """
         maps = MapSource(map=change_map, mask=mask, softness=softness)
         request = self.request({"prompt": prompt, **settings}, image_alone=image is not None and maps.source is None)
-        read = read_inputs(image, maps, *self.size, fit=request.fit, **(inputs if inputs is not None else {}))
+        arrays = inputs if inputs is not None else {}
+        read = read_inputs(image, maps, *self.size, fit=request.fit, keep_alpha=request.transparent, **arrays)
         result = self.run(request, read).finish()
         if output == "latent":
             return result.latents
@@ -146,21 +149,26 @@ class Pipeline:
 
     def run(self, request: Request, inputs: Inputs | None = None) -> Run:
         """Prepare one picture: iterate over the steps of the returned `Run`, or just call its `finish`."""
-        return Run(self, request, inputs if inputs is not None else Inputs())
+        kind = LayerRun if request.transparent or request.layers else Run
+        return kind(self, request, inputs if inputs is not None else Inputs())
 
-    def engine(self, role: str) -> Engine:
+    def engine(self, role: str, size: tuple[int, int] | None = None) -> Engine:
         """Return the engine of one part ("unet", "text_encoder", "vae_encoder", "vae_decoder"), loaded on first use.
+
+        Args:
+            role: of the part. size: (width, height) in pixels; None is the pipeline's own.
 
         Raises:
             PackageError: the model has no such part.
             EngineError: its package cannot be loaded.
         """
-        if role not in self._engines:
-            self._engines[role] = open_engine(self.folder / self._part(role).file, self._options)
-        return self._engines[role]
+        key = role if size is None else f"{role} {_spelled(size)}"
+        if key not in self._engines:
+            self._engines[key] = open_engine(self.folder / self._part(role, size).file, self._options)
+        return self._engines[key]
 
-    def _part(self, role: str) -> Part:
-        part = self.manifest.part(role, self.size)
+    def _part(self, role: str, size: tuple[int, int] | None = None) -> Part:
+        part = self.manifest.part(role, self.size if size is None else size)
         if part is None:
             raise PackageError(
                 f"{self.folder}: this model has no {role}, only {sorted(self.manifest.parts)}; "
@@ -210,7 +218,11 @@ class Pipeline:
         def encode() -> Float:
             return encode_image(self.engine("vae_encoder").predict, image, latent_scale=1.0)
 
-        return _remember(self._sources, image.tobytes(), encode)
+        return self.remembered(image.tobytes(), encode)
+
+    def remembered(self, key: bytes, encode: Callable[[], Float]) -> Float:
+        """Return the latents of the source picture that `key` stands for; encoded if they are not remembered."""
+        return _remember(self._sources, key, encode)
 
     def source_latents(self, image: Float) -> Float:
         """Return the latents z (1, 4, h, w) of a picture (1, 3, H, W) in [-1, 1]: the posterior's mean, scaled."""

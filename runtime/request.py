@@ -24,6 +24,7 @@ DEFAULT_STRENGTH = 0.75  # of an image without a change map: A1111's
 RULES: tuple[Rule, ...] = ("scale", "cap", "authors", "time")
 NOISE_KINDS: tuple[NoiseKind, ...] = ("torch", "philox")
 EMPHASES: tuple[Emphasis, ...] = ("original", "no_norm")
+LAYER_KINDS = ("joint", "fg2bg", "bg2fg", "fg2ble", "bg2ble", "fgble2bg", "bgble2fg")
 FITS: tuple[Fit, ...] = ("crop", "fit", "stretch")
 
 
@@ -40,6 +41,8 @@ class Request:
     fit: what to do with a picture of another shape than the model's.
 
     transparent: draw RGBA, with the model's transparent UNet. passes: of the transparent decoder, 1 (fast) or 8 (best).
+    layers: draw with the model's UNet of this kind, such as "joint" (LAYER_KINDS); "" = with none of these.
+    fg_prompt, bg_prompt, blend_prompt: words for one of the pictures alone, put before the prompt.
     stop_at: the share of the diffusion, counted from the noise, after which the base UNet takes over from the patched
         one (transparency, layers); 1 = never.
 
@@ -70,6 +73,10 @@ class Request:
     fit: Fit = "crop"
     transparent: bool = False
     passes: int = 8
+    layers: str = ""
+    fg_prompt: str = ""
+    bg_prompt: str = ""
+    blend_prompt: str = ""
     stop_at: float = 1.0
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
@@ -100,6 +107,7 @@ class Request:
                 _expect(pair is None or _is_pair(pair), f"{name} is {pair}, expected two whole numbers of pixels")
         _expect(0.0 <= self.stop_at <= 1.0, f"stop_at is {self.stop_at}, expected 0 to 1")
         _expect(self.passes in (1, 8), f"passes is {self.passes}, expected 1 (fast) or 8 (best)")
+        _among("layers", self.layers, ("", *LAYER_KINDS))
         _among("rule", self.rule, RULES)
         _among("noise", self.noise, NOISE_KINDS)
         _among("emphasis", self.emphasis, EMPHASES)

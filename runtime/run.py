@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.request import Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
 from glassine.runtime.schedule import NoiseSchedule, Sigmas, handover, last_steps, make_sigmas
+from glassine.runtime.transparency import Health
 
 if TYPE_CHECKING:
     from glassine.runtime.pipeline import Pipeline
@@ -36,8 +37,11 @@ Float = NDArray[np.float32]
 class Result:
     """A finished picture.
 
-    pixels: (H, W, 3) uint8. latents: (1, 4, h, w) float32. evaluations: model evaluations made. seconds: by stage.
-    notices: what the user should know. text: the PNG text chunks from which it can be drawn again.
+    pixels: (H, W, 3) uint8; (H, W, 4), straight alpha, of a transparent picture. latents: (1, 4, h, w) float32.
+    evaluations: model evaluations made. seconds: by stage. notices: what the user should know. text: the PNG text
+    chunks from which it can be drawn again.
+    With transparency: layers: every picture that the run drew, by its name, such as "fg"; grey: (H, W, 3) the
+    transparent one as the VAE shows it; health: its figures.
     """
 
     pixels: NDArray[np.uint8]
@@ -47,6 +51,9 @@ class Result:
     notices: tuple[str, ...]
     text: dict[str, str]
     icc_profile: bytes | None = None
+    layers: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    grey: NDArray[np.uint8] | None = None
+    health: Health | None = None
 
     @property
     def image(self) -> Image.Image:
@@ -61,7 +68,10 @@ class Run:
         n: (1, 1, h, w) how many evaluations may touch each latent cell; None where there is no change map.
         steps: denoising steps this run makes.
         notices: what the user should know: cut prompts, resized pictures.
+        frames: pictures that are drawn together.
     """
+
+    frames = 1
 
     def __init__(self, pipe: Pipeline, request: Request, inputs: Inputs) -> None:
         self.request = request
@@ -76,7 +86,7 @@ class Run:
         self._source: Float | None = None
         if inputs.image is not None and not self._from_noise():
             self._sigmas = last_steps(self._sigmas, request.strength)
-            self._source = pipe.source_latents(inputs.image)
+            self._source = self._source_latents(inputs.image)
         scheduled = len(self._sigmas) - 1
         self.n = self._table()
         self.steps = scheduled if self.n is None else int(self.n.max())
@@ -154,6 +164,9 @@ class Run:
         cells = to_cells(self._inputs.change_map)
         return n_table(cells, self._sigmas, self.request.rule, total=self.request.steps, schedule=self._pipe.schedule)
 
+    def _source_latents(self, image: Float) -> Float:
+        return self._pipe.source_latents(image)
+
     def _prepare_model(self) -> tuple[Model, tuple[str, ...]]:
         """The UNet with both prompts, its refiner behind it, and what there is to say about them."""
         model, notices = self._denoiser(self._pipe)
@@ -180,7 +193,7 @@ class Run:
     def _noise(self) -> Float:
         """The initial noise e."""
         width, height = self._pipe.size
-        shape = (1, 4, height // CELL, width // CELL)
+        shape = (self.frames, 4, height // CELL, width // CELL)
         given = self._inputs.latents
         if given is None:
             return randn(self.request.seed, shape, self.request.noise)
@@ -206,17 +219,21 @@ class Run:
 
     def _text_chunks(self) -> dict[str, str]:
         """What the picture says about itself."""
-        manifest = self._pipe.manifest
-        model = {"name": manifest.name, "sha256": manifest.parts["unet"].source_sha256}
-        if self._pipe.refiner is not None:
-            model["refiner"] = self._pipe.refiner.manifest.name
         return text_chunks(
             dataclasses.asdict(self.request),
             version=__version__,
             size=self._pipe.size,
-            model=model,
+            model=self._model_record(),
             inputs=self._inputs.files,
+            controls=recorded_controls(self._inputs.controls),
         )
+
+    def _model_record(self) -> dict[str, str]:
+        manifest = self._pipe.manifest
+        model = {"name": manifest.name, "sha256": manifest.parts["unet"].source_sha256}
+        if self._pipe.refiner is not None:
+            model["refiner"] = self._pipe.refiner.manifest.name
+        return model
 
 
 def choose_sampler(request: Request) -> Sampler:
