@@ -29,12 +29,17 @@ _ITEM_SIZES = {
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 
 # Parts of a diffusers folder and the stem of their weights files.
-COMPONENTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+COMPONENTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
 _COMPONENT_OF_CLASS = {
     "UNet2DConditionModel": "unet",
     "AutoencoderKL": "vae",
     "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder_2",
 }
 
 _NOT_SAFETENSORS = (
@@ -137,7 +142,8 @@ class Checkpoint:
     """What a file or a diffusers folder holds.
 
     tensors: by key; a folder's keys begin with the part, "unet/conv_in.weight". metadata: the header's
-    `__metadata__`. configs: the JSON files of a folder by part ("unet", "vae", "text_encoder", "scheduler").
+    `__metadata__`. configs: the JSON files of a folder by part ("unet", "vae", "text_encoder",
+    "text_encoder_2", "scheduler") and "model_index".
     """
 
     path: Path

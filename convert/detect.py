@@ -1,30 +1,34 @@
-"""Names and shapes -> what is in the file: which networks, how wide and deep, and which tensor decided.
+"""Names and shapes -> what is in the file: which family, which networks, and which tensor decided.
 
-The names tell the kind of file; all sizes come from shapes, so a small network of the same layout is read by the same
-code. Three numbers leave no trace in shapes: attention heads, groups of GroupNorm and the prediction type. They come
-from a diffusers config.json, else from the header's `__metadata__`, else from the family:
+The names tell the kind of file, all sizes come from shapes (`shapes.py`). What leaves no trace in either (heads, groups
+of GroupNorm, activations, the prediction type: `prediction.py`) comes from a diffusers config.json, else from the
+header's `__metadata__`, else from the family:
 
-    glassine.heads         heads of the UNet's attention, one number or one a level ("8" or "5,10,20,20")
-    glassine.norm_groups   groups of every GroupNorm (32)
-    glassine.text_heads    heads of the text encoder (width / 64)
-    glassine.activation    "quick_gelu" or "gelu", of the text encoder
+    glassine.heads          heads of the UNet's attention, one number or one a level ("8" or "5,10,20,20")
+    glassine.norm_groups    groups of every GroupNorm (32)
+    glassine.text_heads     heads of the text encoder (width / 64); glassine.text_heads_2 of SDXL's second
+    glassine.activation     "quick_gelu" or "gelu", of the text encoder; glassine.activation_2 of SDXL's second
     glassine.prediction_type, modelspec.prediction_type    "epsilon", "v" or "v_prediction"
-    modelspec.resolution   the square it was trained at, "512x512": the size to convert for when none is asked for
+    modelspec.resolution    the square it was trained at, "512x512": the size to convert for when none is asked for
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from glassine.convert.checkpoint import Checkpoint, shorten
-from glassine.convert.names import Names, Part, find_layouts, map_names
+from glassine.convert.names import OPEN_CLIP_ORIGIN, Layout, Names, Part, find_layouts, map_names
+from glassine.convert.prediction import Distilled, read_training
+from glassine.convert.shapes import SUPPORTED, Shapes, read_text_encoder, read_unet, read_vae, time_id_count
 from glassine.convert.weights import FileWeights, WeightSource
 from glassine.errors import CheckpointError, ConversionError
 from glassine.manifest import Scheduler
-from glassine.models.config import SD15, Family, Prediction, TextEncoderConfig, UNetConfig, VAEConfig
+from glassine.models.config import FAMILIES, SD2_BASE, SD15, SD21, SDXL, SDXL_REFINER, Family, Prediction
+
+FamilyName = Literal["sd15", "sd2", "sdxl", "sdxl_refiner"]
 
 # Files that are no checkpoint, and checkpoints of other families: the first key that matches tells.
 _OTHER_FILES = tuple(
@@ -44,22 +48,18 @@ _OTHER_FILES = tuple(
         (r"conv_first\.weight$|model\.1\.sub\.", "an image upscaler", ""),
         (r".*joint_blocks\.", "Stable Diffusion 3", ""),
         (r".*double_blocks\.", "Flux", ""),
-        (r"conditioner\.embedders\.1\.", "Stable Diffusion XL", ""),
-        (r"conditioner\.embedders\.0\.model\.", "the Stable Diffusion XL refiner", ""),
-        (r"conditioner\.embedders\.0\.", "Stable Diffusion XL", ""),
+        (r"conditioner\.embedders\.\d\.open_clip\.|.*\.time_stack\.", "Stable Video Diffusion", ""),
+        (r".*clip_(txt_pooled|txt|img)_mapper\.", "Stable Cascade", ""),
+        (r".*(caption_projection|cap_embedder|txt_in)\.", "a diffusion transformer", ""),
+        (
+            r"edm_mean$|edm_std$|edm_vpred\.sigma_m",
+            "a model of another noise schedule (EDM, as CosXL and Playground 2.5)",
+            "Glassine draws on Stable Diffusion's own schedule alone",
+        ),
         (r"(noise_augmentor|embedder)\.", "Stable Diffusion 2 unCLIP", ""),
         (r"depth_model\.", "Stable Diffusion 2 depth", ""),
-        (r"cond_stage_model\.model\.", "Stable Diffusion 2", ""),
     )
 )
-_EXTRA_CHANNELS = {
-    9: "an inpainting model",
-    8: "an instruct-pix2pix model",
-    7: "the x4 upscaler",
-    5: "a depth model",
-    12: "an IC-Light model",
-}
-_SUPPORTED = "this Glassine converts Stable Diffusion 1.x"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,28 +67,38 @@ class Detected:
     """What a checkpoint holds.
 
     family: the networks that are there, with their real sizes; those that are not keep the family's. reasons: what was
-    decided -> by which tensor.
+    decided -> by which tensor or word. defaults: settings this model is meant to be drawn with, where they are not
+    everybody's.
     """
 
     family: Family
     scheduler: Scheduler
     parts: Mapping[Part, WeightSource]
     reasons: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-def detect(checkpoint: Checkpoint, prediction_type: Prediction | None = None) -> Detected:
+def detect(
+    checkpoint: Checkpoint,
+    prediction_type: Prediction | None = None,
+    *,
+    family: FamilyName | None = None,
+    distilled: Distilled | None = None,
+) -> Detected:
     """Recognise the checkpoint and read its networks' sizes.
 
     Args:
         checkpoint: from `open_checkpoint`.
         prediction_type: overrides what the file says.
+        family: overrides what the tensors say, where they leave a choice.
+        distilled: overrides what the name says of a model for few steps.
 
     Raises:
         CheckpointError: this is another kind of file, or another family.
         ConversionError: keys that belong to nothing, or shapes that make no network.
     """
     keys = checkpoint.tensors.keys()
-    layouts = find_layouts(keys)
+    layouts = _named_encoders(checkpoint, find_layouts(keys))
     _refuse_other_files(checkpoint, keys)
     if not layouts:
         first = ", ".join(sorted(keys)[:3]) if keys else "none"
@@ -98,25 +108,49 @@ def detect(checkpoint: Checkpoint, prediction_type: Prediction | None = None) ->
         )
     names = map_names(keys, layouts)
     _refuse_leftovers(checkpoint, names)
-    parts = {part: FileWeights(checkpoint, table) for part, table in names.parts.items()}
+    _drop_unread_layer(names)
+    parts: dict[Part, WeightSource] = {part: FileWeights(checkpoint, table) for part, table in names.parts.items()}
     shapes = {part: Shapes(part, weights) for part, weights in parts.items()}
-    family = SD15
-    if "unet" in shapes:
-        family = replace(family, unet=_unet(checkpoint, shapes["unet"]))
-    if "vae" in shapes:
-        family = replace(family, vae=_vae(checkpoint, shapes["vae"]), latent_scale=_latent_scale(checkpoint))
-    if "text_encoder" in shapes:
-        family = replace(family, text_encoders=(_text_encoder(checkpoint, shapes["text_encoder"]),))
-    if "unet" in shapes and "text_encoder" in shapes:
-        _check_context(checkpoint, shapes["unet"], family)
-    scheduler, prediction, why = _schedule(checkpoint, prediction_type)
+    base, why = _family(checkpoint, shapes, family)
+    found = _described(checkpoint, shapes, base)
+    training = read_training(checkpoint, found, parts.get("unet"), prediction_type=prediction_type, distilled=distilled)
+    found = replace(found, prediction=training.prediction)
+    size, size_reason = _size(checkpoint, found, turbo=training.reasons.get("few steps", "").startswith("turbo"))
     reasons = {reason: text for part in shapes.values() for reason, text in part.reasons.items()}
     return Detected(
-        family=replace(family, prediction=prediction, size=_size(checkpoint)),
-        scheduler=scheduler,
+        family=replace(found, size=size),
+        scheduler=training.scheduler,
         parts=parts,
-        reasons=reasons | {"prediction type": why},
+        reasons={"family": why, **training.reasons, "size": size_reason, **reasons},
+        defaults=training.defaults,
     )
+
+
+def _named_encoders(checkpoint: Checkpoint, layouts: dict[Part, Layout]) -> dict[Part, Layout]:
+    """A text encoder in a file of its own says by its width alone that it is SDXL's second."""
+    layout = layouts.get("text_encoder")
+    if layout is None or layout.prefix or len(layouts) > 1:
+        return layouts
+    table = next((key for key in checkpoint.tensors if key.endswith("token_embedding.weight")), None)
+    shape = checkpoint.tensors[table].shape if table is not None else ()
+    if len(shape) != 2 or shape[1] != SDXL.text_encoder("text_encoder_2").width:
+        return layouts
+    return {"text_encoder_2": replace(layout, part="text_encoder_2")}
+
+
+def _drop_unread_layer(names: Names) -> None:
+    """Leave out what Stable Diffusion 2 does not read of its OpenCLIP: the last layer and the projection.
+
+    Files that came from diffusers have neither, so a projection says that the last layer is there too.
+    """
+    layout, table = names.layouts.get("text_encoder"), names.parts.get("text_encoder", {})
+    if layout is None or layout.origin != OPEN_CLIP_ORIGIN or "text_projection.weight" not in table:
+        return
+    layers = {int(match[1]) for name in table if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
+    last = f"text_model.encoder.layers.{max(layers, default=0)}."
+    unread = [name for name in table if name.startswith(last) or name == "text_projection.weight"]
+    for name in unread:
+        del table[name]
 
 
 def _refuse_other_files(checkpoint: Checkpoint, keys: Collection[str]) -> None:
@@ -124,18 +158,13 @@ def _refuse_other_files(checkpoint: Checkpoint, keys: Collection[str]) -> None:
         key = next((key for key in keys if pattern.match(key)), None)
         if key is not None:
             raise CheckpointError(
-                f'{checkpoint.path}: this is {what} (key "{key}"), expected a Stable Diffusion 1.x checkpoint; '
-                + (advice if advice else _SUPPORTED)
+                f'{checkpoint.path}: this is {what} (key "{key}"), expected a Stable Diffusion checkpoint; '
+                + (advice if advice else SUPPORTED)
             )
-    if checkpoint.path.is_dir() and (checkpoint.path / "text_encoder_2").is_dir():
-        raise CheckpointError(
-            f"{checkpoint.path}: this is Stable Diffusion XL (it has text_encoder_2/), "
-            f"expected Stable Diffusion 1.x; {_SUPPORTED}"
-        )
     if len(keys) == 1:
         key = next(iter(keys))
         if len(checkpoint.tensors[key].shape) <= 2:
-            raise CheckpointError(f'{checkpoint.path}: this is a single vector ("{key}"), an embedding; {_SUPPORTED}')
+            raise CheckpointError(f'{checkpoint.path}: this is a single vector ("{key}"), an embedding; {SUPPORTED}')
 
 
 def _refuse_leftovers(checkpoint: Checkpoint, names: Names) -> None:
@@ -149,247 +178,102 @@ def _refuse_leftovers(checkpoint: Checkpoint, names: Names) -> None:
         raise ConversionError(f'{checkpoint.path}: "{first}" and "{second}" are the same weight under two names')
 
 
-class Shapes:
-    """Shapes of one part by canonical name, remembering which tensor decided what."""
-
-    def __init__(self, part: Part, weights: FileWeights) -> None:
-        self.part = part
-        self.reasons: dict[str, str] = {}
-        self._weights = weights
-
-    def size(self, what: str, name: str, axis: int, rank: int | None = None) -> int:
-        """The size of `name` along `axis`, which decides `what`."""
-        shape = self._weights.shapes.get(name)
-        if shape is None:
-            raise ConversionError(f"{self.part}: the source has no {name}, which tells the {what}; it is incomplete")
-        if len(shape) <= axis or (rank is not None and len(shape) != rank):
-            raise ConversionError(f"{self._weights.origin(name)} has shape {shape}, which tells no {what}")
-        self.reasons.setdefault(f"{self.part} {what}", f"{self._weights.origin(name)} {shape}")
-        return shape[axis]
-
-    def rank(self, name: str) -> int | None:
-        """How many dimensions `name` has, or None."""
-        shape = self._weights.shapes.get(name)
-        return None if shape is None else len(shape)
-
-    def origin(self, name: str) -> str:
-        """File and key of `name`."""
-        return self._weights.origin(name)
-
-    def count(self, pattern: str) -> int:
-        """How many numbers 0, 1, 2 ... stand at the place of {} in names that begin so."""
-        head, _, tail = pattern.partition("{}")
-        number = 0
-        while any(name.startswith(f"{head}{number}{tail}") for name in self._weights.shapes):
-            number += 1
-        return number
-
-
-def _unet(checkpoint: Checkpoint, shapes: Shapes) -> UNetConfig:
-    config = checkpoint.configs.get("unet", {})
-    levels = shapes.count("down_blocks.{}.resnets.")
-    layers = shapes.count("down_blocks.0.resnets.{}.")
-    in_channels = shapes.size("input channels", "conv_in.weight", 1, rank=4)
-    _refuse_other_unets(checkpoint, shapes, in_channels)
-
-    def depths(side: str, level: int, count: int) -> tuple[int, ...]:
-        return tuple(
-            shapes.count(f"{side}_blocks.{level}.attentions.{i}.transformer_blocks.{{}}.") for i in range(count)
-        )
-
-    down = tuple(depths("down", level, layers) for level in range(levels))
-    mid = shapes.count("mid_block.attentions.0.transformer_blocks.{}.")
-    context = next(
-        (
-            shapes.size(
-                "context", f"down_blocks.{level}.attentions.{i}.transformer_blocks.0.attn2.to_k.weight", 1, rank=2
-            )
-            for level in range(levels)
-            for i in range(layers)
-            if down[level][i]
-        ),
-        UNetConfig().context_dim,
-    )
-    channels = tuple(
-        shapes.size(f"channels {level}", f"down_blocks.{level}.resnets.0.conv1.weight", 0) for level in range(levels)
-    )
-    # diffusers calls the number of heads attention_head_dim in every config older than num_attention_heads.
-    said = config.get("num_attention_heads")
-    said = config.get("attention_head_dim") if said is None else said
-    heads = _numbers(checkpoint, "heads", said, UNetConfig().heads[0])
-    heads = heads * levels if len(heads) == 1 else heads
-    groups = _number(checkpoint, "norm_groups", config.get("norm_num_groups"), UNetConfig().norm_groups)
-    _check_divisible(checkpoint, "UNet channels", channels, "heads", heads)
-    _check_divisible(checkpoint, "UNet channels", channels, "norm_groups", [groups] * levels)
-    return UNetConfig(
-        in_channels=in_channels,
-        out_channels=shapes.size("output channels", "conv_out.weight", 0),
-        channels=channels,
-        layers=layers,
-        down_depths=down,
-        mid_depth=mid if shapes.count("mid_block.resnets.{}.") else None,
-        up_depths=tuple(depths("up", level, layers + 1) for level in range(levels)),
-        heads=tuple(heads),
-        context_dim=context,
-        norm_groups=groups,
+def _family(checkpoint: Checkpoint, shapes: Mapping[Part, Shapes], asked: FamilyName | None) -> tuple[Family, str]:
+    """The family, and what decided: the UNet's make, else the text encoder's width, else the VAE's config."""
+    found, why, sure = _likely_family(checkpoint, shapes)
+    if asked is None or asked == found.name:
+        return found, why if asked is None else "asked for"
+    if not sure or {asked, found.name} == {"sdxl", "sdxl_refiner"}:
+        return FAMILIES[asked], "asked for"
+    raise ConversionError(
+        f"{checkpoint.path}: the family {asked} is asked for, but {why} says {found.name}; leave --family out"
     )
 
 
-def _refuse_other_unets(checkpoint: Checkpoint, shapes: Shapes, in_channels: int) -> None:
+def _likely_family(checkpoint: Checkpoint, shapes: Mapping[Part, Shapes]) -> tuple[Family, str, bool]:
+    """The family, what decided, and whether that leaves no other choice."""
+    if "unet" in shapes:
+        return *_family_of_unet(shapes), True
+    second, first = shapes.get("text_encoder_2"), shapes.get("text_encoder")
+    table = "text_model.embeddings.token_embedding.weight"
+    if second is not None:
+        return SDXL, second.said(table), True
+    if first is not None:
+        wide = first.size("width", table, 1, rank=2) == SD2_BASE.text_encoders[0].width
+        return (SD2_BASE if wide else SD15), first.said(table), True
+    if "scaling_factor" in checkpoint.configs.get("vae", {}):
+        near = abs(_latent_scale(checkpoint, SD15) - SDXL.latent_scale) < 1e-3
+        return (SDXL if near else SD15), "vae/config.json: scaling_factor", False
+    if checkpoint.metadata.get("modelspec.architecture", "").startswith("stable-diffusion-xl"):
+        return SDXL, "metadata modelspec.architecture", False
+    return SD15, "a VAE alone does not tell: all families' have the same shapes (say --family sdxl for SDXL's)", False
+
+
+def _family_of_unet(shapes: Mapping[Part, Shapes]) -> tuple[Family, str]:
+    unet = shapes["unet"]
     for name, what in (
-        ("add_embedding.linear_1.weight", "Stable Diffusion XL"),
         ("class_embedding.linear_1.weight", "Stable Diffusion 2 unCLIP"),
         ("class_embedding.weight", "the x4 upscaler"),
-        ("time_embedding.cond_proj.weight", "a latent consistency model (LCM)"),
     ):
-        if shapes.rank(name) is not None:
-            raise CheckpointError(f"{shapes.origin(name)}: this is a UNet of {what}; {_SUPPORTED}")
-    if in_channels != 4:
-        what = _EXTRA_CHANNELS.get(in_channels, "a model with extra inputs")
-        raise CheckpointError(
-            f"{shapes.origin('conv_in.weight')} takes {in_channels} channels: this is {what}, expected 4; {_SUPPORTED}"
+        if unet.rank(name) is not None:
+            raise CheckpointError(f"{unet.origin(name)}: this is a UNet of {what}; {SUPPORTED}")
+    sizes = "add_embedding.linear_1.weight"
+    if unet.rank(sizes) is not None:
+        encoder = shapes.get("text_encoder_2")
+        projection = "text_projection.weight"
+        pooled = encoder.size("pooled text", projection, 0, rank=2) if encoder is not None else None
+        return (SDXL if time_id_count(unet, pooled) == 6 else SDXL_REFINER), unet.said(sizes)
+    matrix, context = unet.linear_projection(), unet.context()
+    if matrix is not None and context != SD15.unet.context_dim:
+        return SD2_BASE, unet.said(matrix)
+    return SD15, unet.reasons.get("unet context", "no tensor says otherwise")
+
+
+def _described(checkpoint: Checkpoint, shapes: Mapping[Part, Shapes], family: Family) -> Family:
+    """The family with the networks that are there as they are."""
+    if "unet" in shapes:
+        family = replace(family, unet=read_unet(checkpoint, shapes["unet"], family))
+    if "vae" in shapes:
+        scale = _latent_scale(checkpoint, family)
+        family = replace(family, vae=read_vae(checkpoint, shapes["vae"]), latent_scale=scale)
+    unknown = {part for part in shapes if part.startswith("text_encoder")} - set(family.text_roles)
+    if unknown:
+        raise ConversionError(
+            f"{checkpoint.path}: holds a {' and a '.join(sorted(unknown))}, which {family.name} does not have"
         )
-    projections = (
-        f"down_blocks.{level}.attentions.0.proj_in.weight" for level in range(shapes.count("down_blocks.{}.resnets."))
+    encoders = tuple(
+        read_text_encoder(checkpoint, shapes[role], encoder) if role in shapes else encoder  # type: ignore[index]
+        for role, encoder in zip(family.text_roles, family.text_encoders, strict=True)
     )
-    for name in projections:
-        if shapes.rank(name) == 2:
-            raise CheckpointError(
-                f"{shapes.origin(name)} is a matrix, in Stable Diffusion 1.x it is a convolution: "
-                f"this is a UNet of Stable Diffusion 2 or XL; {_SUPPORTED}"
-            )
+    family = replace(family, text_encoders=encoders)
+    if {"unet", *family.text_roles} <= set(shapes):
+        _check_context(checkpoint, shapes["unet"], family)
+    return family
 
 
-def _vae(checkpoint: Checkpoint, shapes: Shapes) -> VAEConfig:
-    config = checkpoint.configs.get("vae", {})
-    levels = shapes.count("encoder.down_blocks.{}.resnets.")
-    channels = tuple(
-        shapes.size(f"channels {level}", f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 0)
-        for level in range(levels)
-    )
-    groups = _number(checkpoint, "norm_groups", config.get("norm_num_groups"), VAEConfig().norm_groups)
-    _check_divisible(checkpoint, "VAE channels", channels, "norm_groups", [groups] * levels)
-    if levels != len(VAEConfig().channels):
-        raise ConversionError(f"{checkpoint.path}: a VAE of {levels} levels; one of Stable Diffusion 1.x has 4 (8x)")
-    return VAEConfig(
-        channels=channels,
-        layers=shapes.count("encoder.down_blocks.0.resnets.{}."),
-        latent_channels=shapes.size("latent channels", "post_quant_conv.weight", 0),
-        norm_groups=groups,
-    )
+def _check_context(checkpoint: Checkpoint, unet: Shapes, family: Family) -> None:
+    widths = [encoder.width for encoder in family.text_encoders]
+    if family.unet.context_dim != sum(widths):
+        raise ConversionError(
+            f"{checkpoint.path}: the UNet reads a context of {family.unet.context_dim} numbers a token "
+            f"({unet.reasons.get('unet context', 'no tensor says so')}), the text encoder gives "
+            f"{' + '.join(map(str, widths))}; they are not of one model"
+        )
 
 
-def _latent_scale(checkpoint: Checkpoint) -> float:
-    scale = checkpoint.configs.get("vae", {}).get("scaling_factor", SD15.latent_scale)
+def _latent_scale(checkpoint: Checkpoint, family: Family) -> float:
+    scale = checkpoint.configs.get("vae", {}).get("scaling_factor", family.latent_scale)
     if not isinstance(scale, (int, float)) or not scale > 0:
         raise ConversionError(f"{checkpoint.path}: vae/config.json: scaling_factor {scale!r} is no positive number")
     return float(scale)
 
 
-def _text_encoder(checkpoint: Checkpoint, shapes: Shapes) -> TextEncoderConfig:
-    config = checkpoint.configs.get("text_encoder", {})
-    table = "text_model.embeddings.token_embedding.weight"
-    width = shapes.size("width", table, 1, rank=2)
-    heads = _number(checkpoint, "text_heads", config.get("num_attention_heads"), max(1, width // 64))
-    _check_divisible(checkpoint, "text encoder width", [width], "text_heads", [heads])
-    activation = config.get("hidden_act", checkpoint.metadata.get("glassine.activation", "quick_gelu"))
-    if activation not in {"quick_gelu", "gelu"}:
-        raise ConversionError(f"{checkpoint.path}: activation {activation!r}, expected quick_gelu or gelu")
-    return TextEncoderConfig(
-        vocab_size=shapes.size("vocabulary", table, 0),
-        tokens=shapes.size("tokens", "text_model.embeddings.position_embedding.weight", 0),
-        width=width,
-        layers=shapes.count("text_model.encoder.layers.{}."),
-        heads=heads,
-        intermediate=shapes.size("inner width", "text_model.encoder.layers.0.mlp.fc1.weight", 0),
-        activation=activation,
-    )
-
-
-def _check_context(checkpoint: Checkpoint, unet: Shapes, family: Family) -> None:
-    width = family.text_encoders[0].width
-    if family.unet.context_dim != width:
-        raise ConversionError(
-            f"{checkpoint.path}: the UNet reads a context of {family.unet.context_dim} numbers a token "
-            f"({unet.reasons.get('unet context', 'no tensor says so')}), the text encoder gives {width}; "
-            "they are not of one model"
-        )
-
-
-def _schedule(checkpoint: Checkpoint, override: Prediction | None) -> tuple[Scheduler, Prediction, str]:
-    """The training schedule, the prediction type, and what said so."""
-    config = checkpoint.configs.get("scheduler", {})
-    known = {
-        ours: config[theirs]
-        for ours, theirs in (
-            ("train_timesteps", "num_train_timesteps"),
-            ("beta_start", "beta_start"),
-            ("beta_end", "beta_end"),
-            ("beta_schedule", "beta_schedule"),
-            ("zero_terminal_snr", "rescale_betas_zero_snr"),
-        )
-        if theirs in config
-    }
-    scheduler = Scheduler(**known)
-    if "ztsnr" in checkpoint.tensors or _ends_in_noise(checkpoint):
-        scheduler = replace(scheduler, zero_terminal_snr=True)
-    if override is not None:
-        return scheduler, override, "asked for"
-    spoken: Iterable[tuple[Any, str]] = (
-        *((checkpoint.metadata.get(f"{who}.prediction_type"), f"metadata {who}") for who in ("glassine", "modelspec")),
-        ("v" if "v_pred" in checkpoint.tensors else None, "the key v_pred"),
-        (config.get("prediction_type"), "scheduler_config.json"),
-    )
-    words: dict[str, Prediction] = {
-        **{"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
-    }
-    for word, where in spoken:
-        if word is not None:
-            if word not in words:
-                raise ConversionError(
-                    f"{checkpoint.path}: {where} says prediction type {word!r}, expected one of {', '.join(words)}; "
-                    "say which with --prediction-type"
-                )
-            return scheduler, words[word], where
-    return scheduler, SD15.prediction, "Stable Diffusion 1.x"
-
-
-def _size(checkpoint: Checkpoint) -> int:
+def _size(checkpoint: Checkpoint, family: Family, *, turbo: bool) -> tuple[int, str]:
     match = re.fullmatch(r"(\d{2,4})x\1", checkpoint.metadata.get("modelspec.resolution", ""))
-    return int(match[1]) if match and int(match[1]) % 64 == 0 else SD15.size
-
-
-def _ends_in_noise(checkpoint: Checkpoint) -> bool:
-    """Whether the stored schedule ends in pure noise (zero terminal signal-to-noise ratio)."""
-    tensor = checkpoint.tensors.get("alphas_cumprod")
-    if tensor is None or len(tensor.shape) != 1 or tensor.shape[0] == 0:
-        return False
-    return float(tensor.read(tensor.shape[0] - 1)[0]) < 1e-6
-
-
-def _number(checkpoint: Checkpoint, key: str, config: Any, default: int) -> int:
-    numbers = _numbers(checkpoint, key, config, default)
-    if len(numbers) != 1:
-        raise ConversionError(f"{checkpoint.path}: {key} is {numbers}, expected one number")
-    return numbers[0]
-
-
-def _numbers(checkpoint: Checkpoint, key: str, config: Any, default: int) -> list[int]:
-    """A config.json's value, else `glassine.<key>` of the header's metadata, else the default."""
-    text = checkpoint.metadata.get(f"glassine.{key}")
-    value: Any = config if config is not None else text.split(",") if text is not None else default
-    try:
-        numbers = [int(number) for number in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ConversionError(f"{checkpoint.path}: {key} is {value!r}, expected a positive number or several")
-    return numbers
-
-
-def _check_divisible(checkpoint: Checkpoint, what: str, sizes: Collection[int], key: str, by: Collection[int]) -> None:
-    if len(sizes) != len(by) or any(size % number for size, number in zip(sizes, by, strict=True)):
-        raise ConversionError(
-            f"{checkpoint.path}: {what} {tuple(sizes)} cannot be divided by {key} {tuple(by)}; "
-            f'if the file is right, say what it is in its metadata ("glassine.{key}")'
-        )
+    if match and int(match[1]) % 64 == 0:
+        return int(match[1]), "metadata modelspec.resolution"
+    if turbo:
+        return 512, "Turbo models were trained at 512"
+    if family.name == "sd2" and family.prediction == "v_prediction":
+        return SD21.size, "Stable Diffusion 2 with v-prediction was trained at 768"
+    return family.size, f"the family {family.name}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-Part = Literal["unet", "vae", "text_encoder"]
+Part = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 Lines = tuple[tuple[str, str], ...]
 
 RESNET_LDM: Lines = (
@@ -30,6 +30,7 @@ RESNET_LDM: Lines = (
 UNET_LDM: Lines = (
     ("time_embed.0.", "time_embedding.linear_1."),
     ("time_embed.2.", "time_embedding.linear_2."),
+    ("time_embed.cond_proj.", "time_embedding.cond_proj."),  # LCM
     ("label_emb.0.0.", "add_embedding.linear_1."),  # SDXL
     ("label_emb.0.2.", "add_embedding.linear_2."),
     ("input_blocks.0.0.", "conv_in."),
@@ -146,6 +147,21 @@ class Numbering:
         return target.format(*(self.levels - 1 - n if k == "flip" else n for k, n in zip(kinds, numbers, strict=True)))
 
 
+CLIP_PREFIXES: tuple[tuple[Part, str], ...] = (
+    ("text_encoder", "cond_stage_model.transformer."),
+    ("text_encoder", "conditioner.embedders.0.transformer."),  # SDXL
+    ("text_encoder", "text_encoder/"),
+    ("text_encoder_2", "text_encoder_2/"),
+    ("text_encoder", ""),
+)
+OPEN_CLIP_ORIGIN = "OpenCLIP"
+OPEN_CLIP_PREFIXES: tuple[tuple[Part, str, str], ...] = (
+    ("text_encoder", "cond_stage_model.model.", "token_embedding.weight"),  # Stable Diffusion 2
+    ("text_encoder_2", "conditioner.embedders.1.model.", "token_embedding.weight"),  # SDXL
+    ("text_encoder_2", "conditioner.embedders.0.model.", "token_embedding.weight"),  # its refiner
+    ("text_encoder", "", "transformer.resblocks.0.ln_1.weight"),
+)
+
 LAYOUTS = (
     Layout("unet", "LDM", "model.diffusion_model.", "input_blocks.0.0.weight", UNET_LDM, RESNET_LDM),
     Layout("unet", "diffusers folder", "unet/", "conv_in.weight"),
@@ -158,18 +174,13 @@ LAYOUTS = (
     Layout("vae", "LDM, bare", "", "decoder.mid.block_1.norm1.weight", VAE_LDM, VAE_TAILS),
     Layout("vae", "diffusers, bare", "", "decoder.mid_block.resnets.0.norm1.weight", VAE_DIFFUSERS, VAE_TAILS),
     *(
-        Layout("text_encoder", "CLIP", prefix, f"{prefix2}embeddings.token_embedding.weight", heads)
-        for prefix in ("cond_stage_model.transformer.", "text_encoder/", "")
-        for prefix2, heads in (("text_model.", ()), ("", CLIP_BARE))
+        Layout(part, "CLIP", prefix, f"{inner}embeddings.token_embedding.weight", heads)
+        for part, prefix in CLIP_PREFIXES
+        for inner, heads in (("text_model.", ()), ("", CLIP_BARE))
     ),
-    Layout(
-        "text_encoder",
-        "OpenCLIP",
-        "cond_stage_model.model.",
-        "token_embedding.weight",
-        OPEN_CLIP,
-        OPEN_CLIP_TAILS,
-        ("text_projection.weight",),
+    *(
+        Layout(part, OPEN_CLIP_ORIGIN, prefix, marker, OPEN_CLIP, OPEN_CLIP_TAILS, ("text_projection.weight",))
+        for part, prefix, marker in OPEN_CLIP_PREFIXES
     ),
 )
 
@@ -187,8 +198,12 @@ IGNORED = tuple(
         (r"(first_stage_model\.|vae\.)?(loss|model_ema)\.", "training loss of the VAE"),
         (r"(.*[./])?embeddings\.position_ids$", "a count from 0 to 76"),
         (r"(.*[./])?(logit_scale|attn_mask)$", "used in the training of CLIP"),
-        (r"(cond_stage_model\.transformer\.|text_encoder/)?(text|visual)_projection\.weight$", "CLIP's image side"),
+        (
+            r"((cond_stage_model|conditioner\.embedders\.0)\.transformer\.|text_encoder/)?(text|visual)_projection\.weight$",
+            "CLIP's image side",
+        ),
         (r"(cond_stage_model\.)?(transformer\.)?vision_model\.", "CLIP's image side"),
+        (r"(cond_stage_model\.model\.|conditioner\.embedders\.\d\.model\.)?visual\.", "CLIP's image side"),
         (r"(global_step|epoch|state_dict)$", "training state"),
         (r"embedding_manager\.", "training state"),
     )
@@ -232,8 +247,9 @@ def map_names(keys: Collection[str], layouts: Mapping[Part, Layout]) -> Names:
     """Sort every key into its part under its canonical name."""
     names = Names(parts={part: {} for part in layouts}, layouts=dict(layouts))
     numbering = _numbering(keys, layouts)
+    projection = _bare_projection(layouts)
     for key in keys:
-        if ignored(key) is not None:
+        if key != projection and ignored(key) is not None:
             continue
         layout = next((layout for layout in layouts.values() if key.startswith(layout.prefix)), None)
         if layout is None:
@@ -248,6 +264,12 @@ def map_names(keys: Collection[str], layouts: Mapping[Part, Layout]) -> Names:
                 names.twice.append((table[name].key, key))
             table[name] = Source(key, third if name != canonical else None, name in layout.transposed)
     return names
+
+
+def _bare_projection(layouts: Mapping[Part, Layout]) -> str | None:
+    """The one key that a bare file of SDXL's second encoder has under the name of something CLIP-L does not use."""
+    second = layouts.get("text_encoder_2")
+    return "text_projection.weight" if second is not None and not second.prefix else None
 
 
 def _numbering(keys: Collection[str], layouts: Mapping[Part, Layout]) -> Numbering:

@@ -46,6 +46,9 @@ class UNetConfig:
     projected_levels: tuple[int, ...] = ()  # where transformers have projections and no blocks (SDXL ControlNets -mid)
     residuals: bool = False  # inputs for what ControlNets add to the skips and the middle
     features: int = 0  # inputs for what T2I-Adapters add on the way down, one a level, then the middle
+    condition_channels: int = 0  # of `in_channels`: clean latents, an input of their own (LayerDiffuse on SDXL 4 or 8)
+    frames: int = 0  # pictures drawn together, row by row of a sample, by attention sharing (LayerDiffuse on SD 1.5)
+    frame_control: bool = False  # inputs for what a picture that is given adds to every attention of every frame
 
     def __post_init__(self) -> None:
         """Refuse numbers that describe no network.
@@ -101,6 +104,67 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TransparentDecoderConfig:
+    """LayerDiffuse's decoder (Zhang and Agrawala 2024): a UNet over a picture, with its latent beside it at one eighth.
+
+    attention: which levels of the way down attend; the way up mirrors them, the middle always does.
+    """
+
+    channels: tuple[int, ...] = (32, 32, 64, 128, 256, 512, 512)
+    layers: int = 2
+    attention: tuple[bool, ...] = (False, False, False, False, True, True, True)
+    latent_channels: int = 4
+    norm_groups: int = 4
+    head_dim: int = 8
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that describe no network (ConversionError)."""
+        if len(self.attention) != len(self.channels) or len(self.channels) < 4:
+            raise ConversionError(
+                f"transparent decoder: {len(self.channels)} levels, attention said of {len(self.attention)}; expected "
+                "four levels or more, as the latent joins the fourth"
+            )
+        for channels, attends in zip(self.channels, self.attention, strict=True):
+            _check_divides("transparent decoder: norm_groups", self.norm_groups, channels)
+            if attends:
+                _check_divides("transparent decoder: head_dim", self.head_dim, channels)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a side of one cell of the deepest level: 64 with seven levels."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransparentEncoderConfig:
+    """LayerDiffuse's offset encoder: nine convolutions, the third, fifth and seventh with stride 2.
+
+    widths: of all but the last.
+    """
+
+    widths: tuple[int, ...] = (32, 32, 64, 64, 128, 128, 256, 256)
+    latent_channels: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse another number of convolutions than nine (ConversionError)."""
+        if len(self.widths) != 8:
+            raise ConversionError(f"transparent encoder: {len(self.widths) + 1} convolutions, expected 9")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameControlConfig:
+    """What a given picture adds to the attentions of a UNet whose frames share them, computed once a picture.
+
+    widths: of the encoder's first eight convolutions; the last one is that of all its signals. units: every attention:
+    its canonical name, its channels, and which signal it takes (0 is one eighth of the picture's size, 1 half of that).
+    """
+
+    frames: int
+    units: tuple[tuple[str, int, int], ...]
+    widths: tuple[int, ...] = (32, 32, 64, 64, 128, 128, 256, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VAEConfig:
     """AutoencoderKL: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/8, W/8)."""
 
@@ -147,7 +211,17 @@ class TextEncoderConfig:
             raise ConversionError(f"text encoder: cannot skip {self.skip} of {self.layers} layers")
 
 
-Config = TypeVar("Config", UNetConfig, ControlNetConfig, AdapterConfig, VAEConfig, TextEncoderConfig)
+Config = TypeVar(
+    "Config",
+    UNetConfig,
+    ControlNetConfig,
+    AdapterConfig,
+    TransparentDecoderConfig,
+    TransparentEncoderConfig,
+    FrameControlConfig,
+    VAEConfig,
+    TextEncoderConfig,
+)
 
 
 def restored(kind: type[Config], record: Mapping[str, Any]) -> Config:

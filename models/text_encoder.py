@@ -20,8 +20,8 @@ def text_encoder(config: TextEncoderConfig, weights: Weights) -> Program:
     Input: input_ids (1, tokens) fp32 (Apple's dtype for them).
 
     Outputs, fp32:
-        last_hidden_state (1, tokens, width): after all layers but the last `skip`, through the final LayerNorm if
-            `final_norm`.
+        last_hidden_state (1, tokens, width): after all layers but the last `skip`, through the final LayerNorm; called
+            hidden_embeds and not normalised without `final_norm`, as in Apple's packages of SDXL.
         pooled_outputs (1, width or projection_dim): the last layer's state at the first end-of-text token (the
             largest id), through the final LayerNorm, projected if `projection_dim`.
         hidden_states (layers, tokens, width): the state after every layer, the first layer first, each through the
@@ -42,8 +42,9 @@ def text_encoder(config: TextEncoderConfig, weights: Weights) -> Program:
         pooled = mb.squeeze(x=mb.gather(x=last, indices=end, axis=1), axes=[1], name="pooled")
         if config.projection_dim is not None:
             pooled = dense(root / "text_projection", pooled, config.projection_dim, bias=False)
+        chosen = "last_hidden_state" if config.final_norm else "hidden_embeds"
         return {
-            "last_hidden_state": _layer(stack, config.layers - 1 - config.skip),
+            chosen: _layer(stack, config.layers - 1 - config.skip),
             "pooled_outputs": pooled,
             "hidden_states": stack,
         }

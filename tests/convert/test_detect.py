@@ -1,6 +1,7 @@
 """Detection: sizes from shapes, the right family or an error that names what the file is."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from glassine.convert.checkpoint import Checkpoint, Tensor, open_checkpoint
 from glassine.convert.detect import detect
 from glassine.errors import CheckpointError, ConversionError
-from glassine.models.config import SD15
+from glassine.models.config import FAMILIES, SD15, SDXL, SDXL_REFINER
 
 
 def checkpoint(tmp_path, shapes, metadata=None, dtype="F16") -> Checkpoint:
@@ -50,6 +51,150 @@ def test_fewer_levels_and_attention_elsewhere(checkpoints, tmp_path):
     assert found.family.unet.heads == (2, 2, 2)
 
 
+# Parameters of every part, as published and as the reference classes count them.
+FULL_SIZE = {
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "sd2": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    "sdxl": {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    },
+    "sdxl_refiner": {"unet": 2_259_526_660, "vae": 83_653_863, "text_encoder_2": 694_659_840},
+}
+DECIDES = {
+    "sd15": "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+    "sd2": "input_blocks.1.1.proj_in.weight",
+    "sdxl": "label_emb.0.0.weight",
+    "sdxl_refiner": "label_emb.0.0.weight",
+}
+
+
+@pytest.mark.parametrize("family", sorted(FULL_SIZE))
+def test_every_family_is_read_off_a_header_of_full_size(checkpoints, tmp_path, family):
+    shapes = checkpoints.ldm_checkpoint(checkpoints.FULL_SIZE[family])
+    found = detect(open_checkpoint(checkpoints.write_sparse(tmp_path / "full.safetensors", shapes)))
+    assert found.family == FAMILIES[family]
+    parameters = {part: sum(math.prod(s) for s in w.shapes.values()) for part, w in found.parts.items()}
+    assert parameters == FULL_SIZE[family]
+    assert f'"{P}{DECIDES[family]}"' in found.reasons["family"]
+    unet = checkpoint(tmp_path, checkpoints.ldm_unet(checkpoints.FULL_SIZE[family]))  # alone and without a prefix
+    if family != "sd2":  # whose prediction type is read off a tensor
+        assert detect(unet).family.unet == FAMILIES[family].unet
+        assert detect(unet).family.name == family
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl", "sdxl_refiner"])
+def test_a_single_file_and_a_diffusers_folder_are_the_same_model(checkpoints, tmp_path, family):
+    sizes = checkpoints.TINY_FAMILIES[family]
+    single = detect(open_checkpoint(checkpoints.write_checkpoint(tmp_path / "single.safetensors", sizes)), "epsilon")
+    folder = detect(open_checkpoint(checkpoints.write_diffusers(tmp_path / "folder", sizes)), "epsilon")
+    assert single.family.name == family
+    assert folder.family == single.family
+    for part, weights in single.parts.items():
+        assert {n: [s for s in shape if s > 1] for n, shape in folder.parts[part].shapes.items()} == {
+            n: [s for s in shape if s > 1] for n, shape in weights.shapes.items()
+        }
+        for name, shape in weights.shapes.items():
+            ours, theirs = (w.parts[part].read(name, 0, math.prod(shape)) for w in (single, folder))
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_blocks_are_counted_not_assumed(checkpoints, tmp_path):
+    found = detect(checkpoint(tmp_path, checkpoints.ldm_unet(checkpoints.SSD1B))).family.unet
+    assert found.down_depths == ((0, 0), (2, 2), (4, 4))
+    assert found.up_depths == ((4, 4, 4), (2, 2, 2), (0, 0, 0))
+    assert (found.mid_depth, found.mid_resnets) == (0, 1)
+
+
+@pytest.mark.parametrize(("channels", "guidance"), [(9, 0), (8, 0), (4, 256)])
+def test_inpainting_pix2pix_and_lcm(checkpoints, tmp_path, channels, guidance):
+    sizes = dataclasses.replace(checkpoints.SD15, in_channels=channels, guidance=guidance)
+    found = detect(checkpoint(tmp_path, checkpoints.ldm_checkpoint(sizes)))
+    unet = dataclasses.replace(SD15.unet, in_channels=channels, timestep_cond_dim=guidance if guidance else None)
+    assert found.family == dataclasses.replace(SD15, unet=unet)
+    assert dict(found.defaults) == (
+        {"steps": 4, "guidance_scale": 8.0, "sampler": "lcm", "spacing": "lcm"} if guidance else {}
+    )
+
+
+@pytest.mark.parametrize(("spread", "expected", "size"), [(0.15, "v_prediction", 768), (0.03, "epsilon", 512)])
+def test_stable_diffusion_2_tells_by_a_tensor_what_it_predicts(checkpoints, tmp_path, spread, expected, size):
+    tensors = checkpoints.values(checkpoints.ldm_unet(checkpoints.TINY_SD2))
+    teller = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    tensors[teller] = spread * np.random.default_rng(0).standard_normal(tensors[teller].shape).astype(np.float32)
+    path = tmp_path / "unet.safetensors"
+    checkpoints.write_safetensors(path, tensors, metadata=checkpoints.TINY_SD2.header())
+    found = detect(open_checkpoint(path))
+    assert (found.family.prediction, found.family.size) == (expected, size)
+    assert f'"{teller}" has a deviation of' in found.reasons["prediction type"]
+    path.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
+    found = detect(open_checkpoint(path))
+    assert (found.family.prediction, found.reasons["prediction type"]) == ("v_prediction", "unet.yaml")
+
+
+def test_a_family_can_be_asked_for_where_tensors_leave_a_choice(checkpoints, tmp_path):
+    vae = checkpoint(tmp_path, checkpoints.ldm_vae(checkpoints.SD15))
+    assert detect(vae).family.latent_scale == SD15.latent_scale
+    assert "--family sdxl" in detect(vae).reasons["family"]
+    assert detect(vae, family="sdxl").family == SDXL
+    unet = checkpoint(tmp_path, checkpoints.ldm_unet(checkpoints.SD15))
+    with pytest.raises(ConversionError, match=r"family sdxl is asked for, but .* says sd15; leave --family out"):
+        detect(unet, family="sdxl")
+    # 2816 numbers are 1280 and 6 sizes, or 1536 and 5.
+    unet = checkpoint(tmp_path, checkpoints.ldm_unet(checkpoints.SDXL))
+    refiner = detect(unet, family="sdxl_refiner").family
+    assert (refiner.unet.time_ids, refiner.unet.pooled_dim) == (5, 1536)
+    assert refiner.text_encoders == SDXL_REFINER.text_encoders
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sd_xl_turbo_1.0_fp16", {"steps": 4, "sampler": "euler_a", "spacing": "trailing"}),
+        ("sdxl_lightning_8step", {"steps": 8, "sampler": "euler", "spacing": "trailing"}),
+        ("Hyper-SDXL-1-step", {"steps": 1, "sampler": "ddim", "spacing": "trailing"}),
+        ("dreamshaper_LCM_v7", {"steps": 4, "sampler": "lcm", "spacing": "lcm"}),
+        ("hyperrealism_v3", {}),
+        ("lcmix", {}),
+    ],
+)
+def test_models_for_few_steps_are_known_by_name(checkpoints, tmp_path, name, expected):
+    source = checkpoint(tmp_path, checkpoints.ldm_unet(checkpoints.SDXL))
+    source = dataclasses.replace(source, path=tmp_path / f"{name}.safetensors")
+    found = detect(source)
+    assert dict(found.defaults) == (expected | {"guidance_scale": 1.0} if expected else {})
+    assert ("few steps" in found.reasons) is bool(expected)
+    assert detect(source, distilled="none").defaults == {}
+    assert detect(source, distilled="turbo").family.size == 512
+
+
+def test_lightning_of_one_step_predicts_the_picture(checkpoints, tmp_path):
+    source = checkpoint(tmp_path, checkpoints.ldm_unet(checkpoints.SDXL))
+    source = dataclasses.replace(source, path=tmp_path / "sdxl_lightning_1step_x0.safetensors")
+    assert detect(source).family.prediction == "sample"
+    assert detect(source, "epsilon").family.prediction == "epsilon"
+
+
+def test_a_bare_second_encoder_is_told_by_its_width(checkpoints, tmp_path):
+    sizes = dataclasses.replace(checkpoints.SDXL, second_layers=2)
+    open_clip = checkpoints.open_clip_text(sizes, 1280, 2)
+    found = detect(checkpoint(tmp_path, open_clip))
+    assert sorted(found.parts) == ["text_encoder_2"]
+    assert found.family.text_encoder("text_encoder_2").layers == 2
+    names = set(checkpoints.hugging_face_text({key: np.zeros(shape) for key, shape in open_clip.items()}))
+    assert set(found.parts["text_encoder_2"].shapes) == names
+    hugging_face = {name: found.parts["text_encoder_2"].shapes[name] for name in names}
+    assert detect(checkpoint(tmp_path, hugging_face)).family == found.family
+
+
+def test_micro_conditioning_of_neither_width_is_refused(checkpoints, tmp_path):
+    shapes = checkpoints.ldm_checkpoint(checkpoints.TINY_SDXL) | {f"{P}label_emb.0.0.weight": (128, 1000)}
+    with pytest.raises(ConversionError, match=r"reads 1000 numbers; expected the pooled text's 48 and 256"):
+        detect(checkpoint(tmp_path, shapes, checkpoints.TINY_SDXL.header()))
+
+
 OTHER_FILES = {
     "a LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "unet.x.to_q.lora_A.weight"],
     "a ControlNet": ["control_model.input_blocks.0.0.weight", "controlnet_cond_embedding.conv_in.weight"],
@@ -60,9 +205,11 @@ OTHER_FILES = {
     "an image upscaler": ["conv_first.weight"],
     "Stable Diffusion 3": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
     "Flux": ["double_blocks.0.img_attn.qkv.weight"],
-    "Stable Diffusion XL": ["conditioner.embedders.1.model.ln_final.weight"],
-    "the Stable Diffusion XL refiner": ["conditioner.embedders.0.model.ln_final.weight"],
-    "Stable Diffusion 2": ["cond_stage_model.model.ln_final.weight"],
+    "Stable Video Diffusion": ["conditioner.embedders.0.open_clip.model.ln_final.weight"],
+    "Stable Cascade": ["model.clip_txt_pooled_mapper.weight"],
+    "Stable Diffusion 2 unCLIP": ["noise_augmentor.time_embed.weight", "embedder.model.visual.proj"],
+    "Stable Diffusion 2 depth": ["depth_model.model.pretrained.cls_token"],
+    "a model of another noise schedule": ["edm_mean", "edm_vpred.sigma_max"],
 }
 
 
@@ -70,8 +217,8 @@ OTHER_FILES = {
 def test_other_files_are_named(tmp_path, what, key):
     with pytest.raises(CheckpointError) as caught:
         detect(checkpoint(tmp_path, {key: (4, 4), "other": (4, 4)}))
-    assert f"this is {what} (key " in str(caught.value)
-    assert "expected a Stable Diffusion 1.x checkpoint" in str(caught.value)
+    assert f"this is {what} (" in str(caught.value)
+    assert f'(key "{key}"), expected a Stable Diffusion checkpoint' in str(caught.value)
 
 
 P = "model.diffusion_model."
@@ -80,14 +227,15 @@ P = "model.diffusion_model."
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{P}input_blocks.0.0.weight": (32, 9, 3, 3)}, "takes 9 channels: this is an inpainting model, expected 4"),
-        ({f"{P}input_blocks.0.0.weight": (32, 8, 3, 3)}, "an instruct-pix2pix model"),
+        ({f"{P}input_blocks.0.0.weight": (32, 5, 3, 3)}, "takes 5 channels: this is a depth model, expected 4, 8, 9"),
+        ({f"{P}input_blocks.0.0.weight": (32, 7, 3, 3)}, "this is the x4 upscaler"),
         ({f"{P}input_blocks.0.0.weight": (32, 4)}, "which tells no input channels"),
-        ({f"{P}input_blocks.1.1.proj_in.weight": (32, 32)}, "this is a UNet of Stable Diffusion 2 or XL"),
-        ({f"{P}label_emb.0.0.weight": (128, 2816)}, "this is a UNet of Stable Diffusion XL"),
+        ({f"{P}input_blocks.0.0.weight": (32, 0, 3, 3)}, "no input channels at all; it is damaged"),
+        ({f"{P}class_embedding.weight": (1000, 128)}, "this is a UNet of the x4 upscaler"),
+        ({"first_stage_model.post_quant_conv.weight": (16, 16, 1, 1)}, "latents of 16 channels, expected 4"),
     ],
 )
-def test_other_unets_are_named_by_the_tensor_that_tells(checkpoints, tmp_path, changes, message):
+def test_what_cannot_be_drawn_with_is_named_by_the_tensor_that_tells(checkpoints, tmp_path, changes, message):
     shapes = checkpoints.ldm_checkpoint(checkpoints.TINY) | changes
     with pytest.raises((CheckpointError, ConversionError)) as caught:
         detect(checkpoint(tmp_path, shapes, checkpoints.TINY.header()))
@@ -99,7 +247,10 @@ def test_text_encoder_and_unet_of_two_models_are_refused(checkpoints, tmp_path):
     other = checkpoints.clip_text(dataclasses.replace(checkpoints.TINY, context=128))
     shapes = checkpoints.ldm_checkpoint(checkpoints.TINY)
     shapes |= {f"cond_stage_model.transformer.{key}": shape for key, shape in other.items()}
-    with pytest.raises(ConversionError, match=r"a context of 64 numbers a token .* the text encoder gives 128"):
+    with pytest.raises(
+        ConversionError,
+        match=r"a context of 64 numbers a token .* the text encoder gives 128; they are not of one model",
+    ):
         detect(checkpoint(tmp_path, shapes, checkpoints.TINY.header()))
 
 
