@@ -6,13 +6,16 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from glassine.errors import RequestError
 from glassine.runtime.image import Bytes
-from glassine.runtime.preprocess import colour, lines, texture
+from glassine.runtime.preprocess import colour, learned, lines, pose, texture
+from glassine.runtime.preprocess.network import NORMALISATIONS
 
-Needs = Literal["nothing", "mask", "model"]
+# "network": the user's file is opened and handed to `run`; "keypoints": `run` is given the file, if any, and decides.
+Needs = Literal["nothing", "mask", "network", "keypoints"]
+Value = float | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,36 +29,74 @@ class Setting:
     says: str
     whole: bool = False
 
-    def checked(self, owner: str, value: float) -> float:
-        """Return `value` as this setting takes it.
+    def checked(self, owner: str, value: Value) -> float:
+        """Return `value`, a number or its text, as this setting takes it.
 
         Raises:
-            RequestError: it is out of range, not finite, or not whole where it has to be.
+            RequestError: it is no number, out of range, or not whole where it has to be.
         """
-        kind = "a whole number" if self.whole else "a number"
-        if not math.isfinite(value) or not self.low <= value <= self.high or (self.whole and value != int(value)):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not self.low <= number <= self.high or (self.whole and number != int(number)):
+            kind = "a whole number" if self.whole else "a number"
             raise RequestError(
-                f"{owner}: {self.name} is {value:g}, expected {kind} from {self.low:g} to {self.high:g} ({self.says})"
+                f"{owner}: {self.name} is {value}, expected {kind} from {self.low:g} to {self.high:g} ({self.says})"
             )
-        return int(value) if self.whole else value
+        return int(number) if self.whole else number
+
+    @property
+    def range(self) -> str:
+        """What it may be, in words."""
+        return f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One word of a preprocessor: one of `words`, the first by default."""
+
+    name: str
+    words: tuple[str, ...]
+    says: str
+
+    def checked(self, owner: str, value: Value) -> str:
+        """Return `value`.
+
+        Raises:
+            RequestError: it is not one of the words.
+        """
+        if value not in self.words:
+            raise RequestError(f"{owner}: {self.name} is {value}, expected {' or '.join(self.words)} ({self.says})")
+        return str(value)
+
+    @property
+    def default(self) -> str:
+        """The word it is when none is given."""
+        return self.words[0]
+
+    @property
+    def range(self) -> str:
+        """What it may be, in words."""
+        return " or ".join(self.words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """A preprocessor.
 
-    run: (H, W, 3) uint8 RGB and the settings -> (H, W, 3) uint8; None where a mask or a model decides.
+    run: (H, W, 3) uint8 RGB and the settings -> (H, W, 3) uint8; None where a mask decides.
     scaled: it looks at the picture at a resolution of its own. padded: there with sides that are multiples of 64.
     """
 
     says: str
     run: Callable[..., Bytes] | None = None
-    settings: tuple[Setting, ...] = ()
+    settings: tuple[Setting | Choice, ...] = ()
     needs: Needs = "nothing"
     scaled: bool = True
     padded: bool = True
 
-    def checked(self, name: str, given: Mapping[str, float]) -> dict[str, float]:
+    def checked(self, name: str, given: Mapping[str, Value]) -> dict[str, Any]:
         """Return every setting: what was given, else its default.
 
         Raises:
@@ -72,6 +113,13 @@ class Kind:
 
 
 _GAMMA = Setting("gamma", 1, 0.1, 2, "below 1 brighter, above 1 darker")
+_MULTIPLE = Setting("multiple", 1, 1, 256, "of the sides, for a network that takes any size", whole=True)
+
+
+def _input(first: str) -> Choice:
+    words = (first, *(word for word in NORMALISATIONS if word != first))
+    return Choice("input", words, "what the network wants colours to be: (x/255 - mean)/std, -1..1, 0..1 or 0..255")
+
 
 KINDS: dict[str, Kind] = {
     "none": Kind(says="the picture as it is: a map made elsewhere", run=colour.unchanged, scaled=False),
@@ -127,6 +175,46 @@ KINDS: dict[str, Kind] = {
         settings=(Setting("cell", 64, 1, 1024, "pixels a square", whole=True),),
     ),
     "inpaint": Kind(says="the picture with a mask cut out; needs a mask", needs="mask", scaled=False),
+    "depth": Kind(
+        says="near white, far black; needs a depth network",
+        run=learned.depth,
+        settings=(_input("imagenet"), _MULTIPLE, Choice("near", ("high", "low"), "its number for what is near")),
+        needs="network",
+        padded=False,
+    ),
+    "normal": Kind(
+        says="which way surfaces face; needs a normal network",
+        run=learned.normal,
+        settings=(_input("imagenet"), _MULTIPLE, Choice("output", ("signed", "unit"), "normals in -1..1 or in 0..1")),
+        needs="network",
+        padded=False,
+    ),
+    "softedge": Kind(
+        says="soft lines; needs an edge or line-art network",
+        run=learned.softedge,
+        settings=(
+            _input("unit"),
+            _MULTIPLE,
+            Choice("output", ("unit", "logits", "bytes"), "lines in 0..1, before the sigmoid, or in 0..255"),
+            Choice("lines", ("bright", "dark"), "how the network draws them"),
+        ),
+        needs="network",
+        padded=False,
+    ),
+    "segment": Kind(
+        says="a colour for every class of ADE20K; needs a segmentation network",
+        run=learned.segment,
+        settings=(_input("imagenet"), _MULTIPLE),
+        needs="network",
+        padded=False,
+    ),
+    "pose": Kind(
+        says="people as stick figures; macOS finds them, or keypoints from a file",
+        run=pose.pose,
+        settings=(Setting("score", 0.3, 0, 1, "points less sure than this are left out"),),
+        needs="keypoints",
+        padded=False,
+    ),
 }  # fmt: skip
 
 

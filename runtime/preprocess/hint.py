@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import RequestError
+from glassine.runtime.engine import EngineOptions
 from glassine.runtime.image import Bytes, Fit, Source, check_size, read_map, read_picture
 from glassine.runtime.preprocess import resize
-from glassine.runtime.preprocess.catalogue import find
+from glassine.runtime.preprocess.catalogue import Kind, Value, find
+from glassine.runtime.preprocess.network import open_network
 
 Float = NDArray[np.float32]
 
@@ -21,8 +24,8 @@ Float = NDArray[np.float32]
 class Preprocess:
     """How a picture becomes a control map.
 
-    name: one of `catalogue.KINDS`. settings: its numbers; what is not given has its default.
-    model: the file with weights, for those that need one: an .mlpackage or .onnx.
+    name: one of `catalogue.KINDS`. settings: its numbers and words; what is not given has its default.
+    model: the network, for those that need one: an .mlpackage or .onnx; for "pose" also keypoints as .json.
     fit: a picture of another shape than the model's: "crop" (cover and cut), "fit" (lie inside, margins of the border's
         colour), "stretch". resolution: the short side, in pixels, at which the preprocessor looks at the picture;
         None = pixel perfect, the one at which its map needs no more scaling.
@@ -32,7 +35,7 @@ class Preprocess:
     """
 
     name: str = "none"
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Value] = field(default_factory=dict)
     model: Path | None = None
     fit: Fit = "crop"
     resolution: int | None = None
@@ -40,12 +43,10 @@ class Preprocess:
     def __post_init__(self) -> None:
         kind = find(self.name)
         kind.checked(self.name, self.settings)
-        if (self.model is not None) != (kind.needs == "model"):
-            raise RequestError(
-                f"{self.name}: takes no model, got {self.model}"
-                if self.model is not None
-                else f"{self.name}: needs a model with weights; give one as {self.name}=FILE.mlpackage or FILE.onnx"
-            )
+        if self.model is not None and kind.needs not in ("network", "keypoints"):
+            raise RequestError(f"{self.name}: needs no network, got {self.model}; leave it out")
+        if self.model is None and kind.needs == "network":
+            raise RequestError(f"{self.name}: needs a network; give one as {self.name}=FILE.mlpackage or FILE.onnx")
         if self.fit not in ("crop", "fit", "stretch"):
             raise RequestError(f'{self.name}: fit is "{self.fit}", expected crop, fit or stretch')
         if self.resolution is not None and not 64 <= self.resolution <= 8192:
@@ -53,7 +54,7 @@ class Preprocess:
 
     @classmethod
     def read(cls, words: str, *, fit: Fit = "crop", resolution: int | None = None) -> Preprocess:
-        """Read NAME[=MODEL][,SETTING=NUMBER ...], such as "canny,low=50,high=150" or "depth=depth.onnx".
+        """Read NAME[=FILE][,SETTING=VALUE ...], such as "canny,low=50,high=150" or "depth=depth.onnx,near=low".
 
         Raises:
             RequestError: words of another form, and what the constructor raises.
@@ -83,6 +84,7 @@ def hint(
     how: Preprocess | None = None,
     *,
     mask: Source | None = None,
+    engine: EngineOptions | None = None,
     name: str = "hint",
 ) -> Hint:
     """Make the hint for a control net from a picture.
@@ -90,7 +92,8 @@ def hint(
     Args:
         source: a file, a PIL image or an array, as `read_picture` takes it. size: (width, height) of the model.
         how: the preprocessor; None takes the picture as the control map it is.
-        mask: for "inpaint": values of half and above are repainted. name: what to call an array in messages.
+        mask: for "inpaint": values of half and above are repainted. engine: for networks in an .mlpackage.
+        name: what to call an array in messages.
 
     Raises:
         RequestError: the picture or mask cannot be read, they differ in size, a mask without a use for it or the other
@@ -106,25 +109,37 @@ def hint(
         return _inpaint(picture.pixels, _mask_of(mask, picture.size), size, how.fit, picture.notices)
     if mask is not None:
         raise RequestError(f"{how.name}: takes no mask; only inpaint does")
-    pixels = resize.place(control_map(picture.pixels, size, how, name=picture.name), size, how.fit)
+    seen = control_map(picture.pixels, size, how, engine=engine, name=picture.name)
+    pixels = resize.place(seen, size, how.fit)
     return Hint(values=_values(pixels), pixels=pixels, notices=picture.notices)
 
 
-def control_map(pixels: Bytes, size: tuple[int, int], how: Preprocess, *, name: str = "hint") -> Bytes:
+def control_map(
+    pixels: Bytes, size: tuple[int, int], how: Preprocess, *, engine: EngineOptions | None = None, name: str = "hint"
+) -> Bytes:
     """Run the preprocessor on (H, W, 3) uint8 RGB and return its map, not yet of the model's `size`."""
     kind = find(how.name)
-    settings = kind.checked(how.name, how.settings)
-    assert kind.run is not None
+    run = _runner(kind, how, engine)
     if not kind.scaled:
-        return kind.run(pixels, **settings)
+        return run(pixels)
     height, width = pixels.shape[:2]
     resolution = how.resolution
     if resolution is None:
         resolution = resize.pixel_perfect((width, height), size, how.fit)
     seen = resize.to_resolution(pixels, resolution, name=name)
     if not kind.padded:
-        return kind.run(seen, **settings)
-    return kind.run(resize.padded(seen), **settings)[: seen.shape[0], : seen.shape[1]]
+        return run(seen)
+    return run(resize.padded(seen))[: seen.shape[0], : seen.shape[1]]
+
+
+def _runner(kind: Kind, how: Preprocess, engine: EngineOptions | None) -> Callable[[Bytes], Bytes]:
+    """Bind the settings, and what the preprocessor needs beside them."""
+    assert kind.run is not None
+    bound = partial(kind.run, **kind.checked(how.name, how.settings))
+    if kind.needs == "network":
+        assert how.model is not None
+        return partial(bound, network=open_network(how.model, engine))
+    return partial(bound, model=how.model, engine=engine) if kind.needs == "keypoints" else bound
 
 
 def _mask_of(source: Source, size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -146,11 +161,8 @@ def _values(pixels: Bytes) -> Float:
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0)[None].astype(np.float32) / 255)
 
 
-def _setting(words: str, word: str) -> tuple[str, float]:
+def _setting(words: str, word: str) -> tuple[str, str]:
     name, equals, value = word.partition("=")
-    try:
-        if equals:
-            return name.strip(), float(value)
-    except ValueError:
-        pass
-    raise RequestError(f'"{words}": got "{word}", expected SETTING=NUMBER, as in canny,low=50,high=150')
+    if not equals:
+        raise RequestError(f'"{words}": got "{word}", expected SETTING=VALUE, as in canny,low=50,high=150')
+    return name.strip(), value.strip()
