@@ -56,12 +56,12 @@ class Scope:
 
     def __call__(self, name: str, shape: tuple[int, ...], *, scale: float = 1.0) -> Var:
         """Make a constant of the weight `name` of this place, fp16."""
-        return mb.const(val=self.weights(f"{self.path}.{name}", shape, scale=scale), name=self.op(name))
+        return mb.const(val=self.weights((self / name).path, shape, scale=scale), name=self.op(name))
 
     def op(self, what: str = "") -> str:
         """Name an operation after its place, so that a report that names it says where it is."""
         name = self.path.replace(".", "_")
-        return f"{name}_{what}" if what else name
+        return f"{name}_{what}" if name and what else name + what
 
     @property
     def channels_first(self) -> bool:

@@ -214,7 +214,7 @@ def decibels(actual: np.ndarray, expected: np.ndarray) -> float:
     """PSNR of a whole array: peak of the expected values over the root mean square error."""
     assert actual.shape == expected.shape
     error = np.sqrt(np.mean((actual.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    return float(20 * np.log10(np.abs(expected).max() / max(error, 1e-300)))
+    return float(20 * np.log10(float(np.abs(expected).max()) / max(error, 1e-300)))
 
 
 class Networks:
@@ -222,6 +222,7 @@ class Networks:
 
     state = staticmethod(state)
     part_of = staticmethod(part_of)
+    randomised = staticmethod(randomised)
     decibels = staticmethod(decibels)
 
     @staticmethod
