@@ -9,7 +9,7 @@ t; this is the only place where both languages meet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -135,7 +135,16 @@ class NetworkCall(NamedTuple):
     inputs: Inputs
 
 
-Control = Callable[[NetworkCall], Inputs]
+class Control(Protocol):
+    """What steers a network from outside, such as ControlNets (`control_nets.py`)."""
+
+    def __call__(self, call: NetworkCall) -> Inputs:
+        """Return further inputs of the network for this call, by name; they may be written again at the next call."""
+        ...
+
+    def examine(self, call: NetworkCall) -> None:
+        """Raise EngineError if it was these inputs that made the network return NaN or infinity."""
+        ...
 
 
 class Denoiser:
@@ -148,7 +157,7 @@ class Denoiser:
         rows: rows of every network call (the package's batch). Pictures and branches fill as many calls as they need;
             the last call is filled up by repeating its last row.
         prediction: what the network's output means.
-        control: called before every network call; returns further inputs, such as ControlNet residuals by name.
+        control: asked before every network call for further inputs, such as ControlNet residuals by name.
         whole_timesteps: round t to a whole number, as diffusers' DPMSolver and UniPC do on Karras levels.
         frames: pictures that the network draws together, such as the layers of one picture: they share every call, in
             rows of (branch, frame).
@@ -195,10 +204,9 @@ class Denoiser:
         scale = (sigma**2 + 1) ** -0.5
         for rows in self._plan:
             rows.fill(x, scale, round(t) if self._whole_timesteps else t)
-            inputs = rows.inputs
-            if self._control is not None:
-                inputs = {**inputs, **self._control(NetworkCall(i, sigma, rows.rows, inputs))}
-            self._collect(rows, self._predict(**inputs)["noise_pred"], sigma, t, i)
+            call = NetworkCall(i, sigma, rows.rows, rows.inputs)
+            further = {} if self._control is None else self._control(call)
+            self._collect(self._predict(**rows.inputs, **further)["noise_pred"], call, t)
         return _denoised(self._prediction, x, self._guidance.combine(self._outputs), sigma)
 
     def _allocate(self, shape: tuple[int, ...]) -> None:
@@ -213,20 +221,22 @@ class Denoiser:
         for at in range(0, len(jobs), self._rows):
             self._plan.append(_Rows(tuple(jobs[at : at + self._rows]), self._rows, shape[1:], self._guidance))
 
-    def _collect(self, rows: _Rows, output: NDArray[np.generic], sigma: float, t: float, i: int) -> None:
+    def _collect(self, output: NDArray[np.generic], call: NetworkCall, t: float) -> None:
         expected = (self._rows, *self._outputs.shape[2:])
         if output.shape != expected:
             raise EngineError(f'the network\'s output "noise_pred" has shape {output.shape}, expected {expected}')
         branches = self._guidance.branches
-        for index, (picture, branch) in enumerate(rows.rows):
+        for index, (picture, branch) in enumerate(call.rows):
             self._outputs[picture, branches.index(branch)] = output[index]
-        used = output[: len(rows.rows)]
+        used = output[: len(call.rows)]
         if not np.isfinite(used).all():
+            if self._control is not None:
+                self._control.examine(call)
             bad = int((~np.isfinite(used)).sum())
             raise EngineError(
-                f"step {i + 1} (sigma {sigma:.4g}, timestep {t:.4g}): {bad} of {used.size} numbers that the network "
-                "returned are NaN or infinite, most likely a half-precision overflow; run the UNet on other compute "
-                "units or in fp32, or check its weights with 'glassine verify'"
+                f"step {call.i + 1} (sigma {call.sigma:.4g}, timestep {t:.4g}): {bad} of {used.size} numbers that "
+                "the network returned are NaN or infinite, most likely a half-precision overflow; run the UNet on "
+                "other compute units or in fp32, or check its weights with 'glassine verify'"
             )
 
 

@@ -212,7 +212,7 @@ def recorded_file(said: Mapping[str, str], role: str, folder: Path, option: str)
 
 
 def describe(source: Source, content: NDArray[np.generic]) -> dict[str, str]:
-    """Return a file by its name and hash, never by its folder (pictures are shared); anything else by its content's hash."""
+    """Return a file's name and hash, never its folder (pictures are shared), or the hash of anything else's content."""
     if isinstance(source, (str, Path)):
         return {"name": Path(source).name, "sha256": file_sha256(Path(source))}
     return {"name": "", "sha256": hashlib.sha256(np.ascontiguousarray(content).tobytes()).hexdigest()}

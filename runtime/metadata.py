@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -59,6 +59,11 @@ SPACING_NAMES = {
     "ays_xl": "Align Your Steps",  # A1111 has one name for both; read back, it is the last of them
     "ays": "Align Your Steps",
 }
+CONTROL_MODES = {
+    "balanced": "Balanced",
+    "prompt": "My prompt is more important",
+    "control": "ControlNet is more important",
+}
 AUTOMATIC = "Automatic"  # the sampler's own schedule
 
 
@@ -69,6 +74,7 @@ class Record:
     written_by: "glassine" = complete; "a1111" = the settings its text has.
     request: settings by Glassine's names; the caller validates their values. size: (width, height) or None.
     model: "name" and "sha256" (A1111: its first 10 digits) where known. inputs: role -> {"name", "sha256"}.
+    controls: the settings of each, and "files" as `inputs`.
     notices: what could not be taken over.
     """
 
@@ -77,6 +83,7 @@ class Record:
     size: tuple[int, int] | None
     model: dict[str, str]
     inputs: dict[str, dict[str, str]]
+    controls: tuple[dict[str, Any], ...] = ()
     notices: tuple[str, ...] = ()
 
 
@@ -87,6 +94,7 @@ def text_chunks(
     size: tuple[int, int],
     model: Mapping[str, str],
     inputs: Mapping[str, Mapping[str, str]],
+    controls: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
     """Return the text chunks of a picture, keyword -> text.
 
@@ -94,6 +102,7 @@ def text_chunks(
         request: every setting, as plain JSON values.
         version: Glassine's own. size: (width, height). model: "name" and the "sha256" of its checkpoint.
         inputs: role ("image", "change_map", ...) -> {"name": file name, "sha256": `file_sha256`}.
+        controls: each with its settings, and "files" as `inputs`.
     """
     record = {
         "format_version": FORMAT_VERSION,
@@ -102,15 +111,24 @@ def text_chunks(
         "size": list(size),
         "model": dict(model),
         "inputs": {role: dict(file) for role, file in inputs.items()},
+        **({"controls": [dict(control) for control in controls]} if controls else {}),
     }
     return {
-        PARAMETERS: parameters_text(request, version=version, size=size, model=model, has_image="image" in inputs),
+        PARAMETERS: parameters_text(
+            request, version=version, size=size, model=model, has_image="image" in inputs, controls=controls
+        ),
         KEYWORD: json.dumps(record, ensure_ascii=False, allow_nan=False),
     }
 
 
 def parameters_text(
-    request: Mapping[str, Any], *, version: str, size: tuple[int, int], model: Mapping[str, str], has_image: bool
+    request: Mapping[str, Any],
+    *,
+    version: str,
+    size: tuple[int, int],
+    model: Mapping[str, str],
+    has_image: bool,
+    controls: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return A1111's `parameters` text of a request."""
     spacing = request.get("spacing")
@@ -129,6 +147,7 @@ def parameters_text(
         "CFG Rescale": request["guidance_rescale"] if request.get("guidance_rescale") else None,
         "RNG": {"torch": "CPU", "philox": "NV"}.get(request["noise"]),
         "Emphasis": "No norm" if request.get("emphasis") == "no_norm" else None,
+        **{f"ControlNet {index}": _control_text(control) for index, control in enumerate(controls)},
         "Version": f"Glassine {version}",
     }
     settings = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
@@ -244,6 +263,19 @@ def _number(name: str, key: str, text: str, kind: type[int] | type[float]) -> in
         raise RequestError(f"{name}: {key} is {text[:60]!r}, expected a number") from None
 
 
+def _control_text(control: Mapping[str, Any]) -> str:
+    """What A1111's ControlNet extension says of one of its units."""
+    said = {
+        "Module": control["preprocess"] if control["preprocess"] is not None else "none",
+        "Model": control["net"],
+        "Weight": control["weight"],
+        "Guidance Start": control["start"],
+        "Guidance End": control["stop"],
+        "Control Mode": CONTROL_MODES[control["mode"]],
+    }
+    return ", ".join(f"{key}: {value}" for key, value in said.items())
+
+
 def _sampler(fields: dict[str, str], notices: list[str]) -> dict[str, str]:
     """Take the sampler and its schedule out of `fields`."""
     found: dict[str, str] = {}
@@ -301,25 +333,33 @@ def _parse_own(path: Path, text: str) -> Record:
         raise RequestError(
             f"{path}: settings of format_version {version!r}, this Glassine reads {FORMAT_VERSION}; update Glassine"
         )
-    size, inputs = raw.get("size"), raw.get("inputs")
+    size, inputs, controls = raw.get("size"), raw.get("inputs"), raw.get("controls", [])
     good = (
         _are(raw.get("model"), str)
         and isinstance(raw.get("request"), dict)
         and isinstance(size, list)
         and len(size) == 2
         and all(type(side) is int and 0 < side <= 1 << 20 for side in size)
-        and isinstance(inputs, dict)
-        and all(_are(file, str) and {"name", "sha256"} <= set(file) for file in inputs.values())
+        and _are_files(inputs)
+        and isinstance(controls, list)
+        and all(isinstance(control, dict) and _are_files(control.get("files")) for control in controls)
     )
     if not good:
-        raise RequestError(f"{path}: its {KEYWORD} text is damaged (request, size, model or inputs); draw it anew")
+        raise RequestError(
+            f"{path}: its {KEYWORD} text is damaged (request, size, model, inputs or controls); draw it anew"
+        )
     return Record(
         written_by="glassine",
         request=raw["request"],
         size=(size[0], size[1]),
         model=raw["model"],
         inputs=inputs,
+        controls=tuple(controls),
     )
+
+
+def _are_files(raw: Any) -> bool:
+    return isinstance(raw, dict) and all(_are(file, str) and {"name", "sha256"} <= set(file) for file in raw.values())
 
 
 def _are(raw: Any, kind: type) -> bool:

@@ -13,7 +13,7 @@ result = run.finish()                 # decode what has been drawn
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -25,6 +25,8 @@ from glassine.errors import PackageError
 from glassine.manifest import Manifest, Part
 from glassine.runtime.branches import PIX2PIX
 from glassine.runtime.conditioning import EncodedPrompt, encode_prompt, side_by_side
+from glassine.runtime.control import Control
+from glassine.runtime.control_pictures import with_controls
 from glassine.runtime.decode import CELL, SD1_PREVIEW, measure_preview
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.image import Source
@@ -104,6 +106,7 @@ class Pipeline:
         change_map: Source | None = None,
         mask: Source | None = None,
         softness: float = 0.0,
+        controls: Sequence[Control] = (),
         output: Output = "pil",
         inputs: dict[str, Any] | None = None,
         **settings: Any,
@@ -115,6 +118,7 @@ class Pipeline:
             image: the picture to change: a path, PIL image or (H, W, 3) uint8 array.
             change_map: how much each pixel of it may change: a path, array in [0, 1] or words (docs/change-maps.md).
             mask, softness: instead of a map: what may change, and pixels of soft border outside it.
+            controls: networks that steer the picture, such as Control("canny", "edges.png"); docs/control.md.
             output: "pil" an image, "numpy" (H, W, 3) uint8, "latent" (1, 4, h, w) float32. With `transparent=True`
                 pictures are RGBA, straight alpha.
             inputs: arrays made elsewhere, by the names of `Inputs`: latents, noise, context, negative_context.
@@ -128,6 +132,7 @@ class Pipeline:
         request = self.request({"prompt": prompt, **settings}, image_alone=image is not None and maps.source is None)
         arrays = inputs if inputs is not None else {}
         read = read_inputs(image, maps, *self.size, fit=request.fit, keep_alpha=request.transparent, **arrays)
+        read = with_controls(read, controls, self.size, request.fit)
         result = self.run(request, read).finish()
         if output == "latent":
             return result.latents
@@ -165,6 +170,17 @@ class Pipeline:
         key = role if size is None else f"{role} {_spelled(size)}"
         if key not in self._engines:
             self._engines[key] = open_engine(self.folder / self._part(role, size).file, self._options)
+        return self._engines[key]
+
+    def package(self, path: Path) -> Engine:
+        """Return the engine of a package beside the folder, such as another model's control net; loaded on first use.
+
+        Raises:
+            PackageError, EngineError: it is missing, damaged, or cannot be loaded.
+        """
+        key = str(path.resolve())
+        if key not in self._engines:
+            self._engines[key] = open_engine(path, self._options)
         return self._engines[key]
 
     def _part(self, role: str, size: tuple[int, int] | None = None) -> Part:

@@ -16,8 +16,9 @@ from glassine import __version__
 from glassine.errors import RequestError
 from glassine.runtime.branches import PIX2PIX, guidance_of
 from glassine.runtime.change_map import n_table, to_cells
+from glassine.runtime.control import recorded
 from glassine.runtime.decode import CELL, composite, decode_latents, preview
-from glassine.runtime.denoiser import Denoiser, Relay
+from glassine.runtime.denoiser import Control, Denoiser, Predict, Relay
 from glassine.runtime.inputs import Inputs
 from glassine.runtime.loop import Model, Step, denoising_steps
 from glassine.runtime.metadata import text_chunks
@@ -25,6 +26,7 @@ from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.request import Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
 from glassine.runtime.schedule import NoiseSchedule, Sigmas, handover, last_steps, make_sigmas
+from glassine.runtime.steering import steered
 from glassine.runtime.transparency import Health
 
 if TYPE_CHECKING:
@@ -181,14 +183,21 @@ class Run:
     def _denoiser(self, pipe: Pipeline) -> tuple[Denoiser, tuple[str, ...]]:
         """One UNet with what its branches read."""
         guidance, notices = guidance_of(pipe, self.request, self._inputs, self.n)
+        predict, control = self._steered(pipe, "unet")
         denoiser = Denoiser(
-            lambda **arrays: pipe.engine("unet").predict(**arrays),
+            predict,
             pipe.schedule,
             guidance,
             rows=pipe.manifest.batch,
             prediction=pipe.manifest.prediction_type,
+            control=control,
         )
         return denoiser, notices
+
+    def _steered(self, pipe: Pipeline, role: str) -> tuple[Predict, Control | None]:
+        """A UNet, and what steers it: nothing steers a refiner. Shares of the steps are of those that the run makes."""
+        controls = self._inputs.controls if pipe is self._pipe else ()
+        return steered(pipe, controls, role=role, first=len(self._sigmas) - 1 - self.steps, steps=self.steps)
 
     def _noise(self) -> Float:
         """The initial noise e."""
@@ -225,7 +234,7 @@ class Run:
             size=self._pipe.size,
             model=self._model_record(),
             inputs=self._inputs.files,
-            controls=recorded_controls(self._inputs.controls),
+            controls=[recorded(ready) for ready in self._inputs.controls],
         )
 
     def _model_record(self) -> dict[str, str]:

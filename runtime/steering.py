@@ -1,0 +1,112 @@
+"""Which packages steer a picture: controls and a model's folder -> networks, and the UNet that takes what they return.
+
+A folder has its nets as parts `control:NAME` (ControlNets) and `adapter:NAME` (T2I-Adapters). Their residuals go to a
+second program on the UNet's own weights, `controlled_unet`, or `adapted_unet` where there are adapters too; steps
+that nothing steers are drawn by the plain `unet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.errors import PackageError, RequestError
+from glassine.manifest import FILE_NAME, Manifest
+from glassine.runtime.control import ReadyControl
+from glassine.runtime.control_nets import ControlNets, Net, residual_inputs
+from glassine.runtime.denoiser import Predict
+
+if TYPE_CHECKING:
+    from glassine.runtime.pipeline import Pipeline
+
+PREFIXES = ("control:", "adapter:")  # of the parts that are nets, before their names
+PACKAGE = ".mlpackage"
+
+
+def steered(
+    pipe: Pipeline, controls: Sequence[ReadyControl], *, first: int, steps: int, role: str = "unet"
+) -> tuple[Predict, ControlNets | None]:
+    """Return a model's UNet, and what steers it.
+
+    Args:
+        pipe: the model. controls: with their pictures. role: the part that draws without control.
+        first, steps: index of the first step the run makes, and how many it makes.
+
+    Raises:
+        RequestError: no such net, or one that does not fit the model.
+        PackageError: the model's UNet takes no control.
+    """
+    plain = partial(_predict, pipe, role)
+    active = [ready for ready in controls if not ready.idle]
+    if not active:
+        return plain, None
+    nets = {ready.control.net: _net(pipe, ready.control.net) for ready in active}
+    adapted = any(net.kind == "t2i_adapter" for net in nets.values())
+    controlled = role.removesuffix("unet") + ("adapted_unet" if adapted else "controlled_unet")
+    part = pipe.manifest.part(controlled, pipe.size)
+    if part is None:
+        raise PackageError(
+            f"{pipe.folder}: its {role} takes no control (there is no {controlled}); "
+            f"convert the net into it: glassine convert NET.safetensors --base {pipe.folder}"
+        )
+    control = ControlNets(
+        [(ready, nets[ready.control.net]) for ready in active], _shapes(part.inputs), first=first, steps=steps
+    )
+    takes = residual_inputs(_shapes(part.inputs))
+
+    def predict(**arrays: NDArray[np.generic]) -> Mapping[str, NDArray[np.generic]]:
+        return _predict(pipe, controlled if takes.keys() <= arrays.keys() else role, **arrays)
+
+    return predict, control
+
+
+def _predict(pipe: Pipeline, role: str, **arrays: NDArray[np.generic]) -> Mapping[str, NDArray[np.generic]]:
+    """Run a part, which is loaded at its first call."""
+    return pipe.engine(role).predict(**arrays)
+
+
+def _net(pipe: Pipeline, name: str) -> Net:
+    """The net of the model's that has this name, or the package at this path."""
+    for role in (prefix + name for prefix in PREFIXES):
+        part = pipe.manifest.part(role, pipe.size)
+        if part is not None:
+            return Net(
+                name=name,
+                inputs=_shapes(part.inputs),
+                outputs=_shapes(part.outputs),
+                predict=partial(_predict, pipe, role),
+                about=part.about,
+            )
+    path = Path(name)
+    if path.suffix == PACKAGE:
+        engine = pipe.package(path)
+        return Net(
+            name=path.stem,
+            inputs={spec.name: spec.shape for spec in engine.inputs.values()},
+            outputs={spec.name: spec.shape for spec in engine.outputs.values()},
+            predict=engine.predict,
+            about=_about(path),
+        )
+    has = sorted(role.partition(":")[2] for role in pipe.manifest.parts if role.startswith(PREFIXES))
+    raise RequestError(
+        f'{pipe.folder}: this model has no control net "{name}", '
+        + (f"only {', '.join(has)}; " if has else "and none at all; ")
+        + f"convert it first: glassine convert NET.safetensors --base {pipe.folder} --name {name}"
+    )
+
+
+def _about(package: Path) -> Mapping[str, object]:
+    """What the folder that a package lies in says about it; nothing if it is not a converted folder."""
+    if not (package.parent / FILE_NAME).is_file():
+        return {}
+    parts = Manifest.read(package.parent).parts.values()
+    return next((part.about for part in parts if part.file == package.name), {})
+
+
+def _shapes(specs: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (shape, _) in specs.items()}
