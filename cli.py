@@ -15,6 +15,7 @@ from glassine import __version__
 from glassine.commands.about import demo, doctor
 from glassine.commands.draw import fan, generate, show_map
 from glassine.commands.models import convert, inspect, verify
+from glassine.commands.preprocess import preprocess
 from glassine.errors import GlassineError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -53,5 +54,5 @@ def main() -> None:
     """
 
 
-for verb in (convert, generate, show_map, fan, inspect, verify, demo, doctor):
+for verb in (convert, generate, show_map, fan, preprocess, inspect, verify, demo, doctor):
     main.add_command(verb)

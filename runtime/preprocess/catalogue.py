@@ -41,15 +41,13 @@ class Setting:
             number = math.nan
         if not self.low <= number <= self.high or (self.whole and number != int(number)):
             kind = "a whole number" if self.whole else "a number"
-            raise RequestError(
-                f"{owner}: {self.name} is {value}, expected {kind} from {self.low:g} to {self.high:g} ({self.says})"
-            )
+            raise RequestError(f"{owner}: {self.name} is {value}, expected {kind} from {self.range} ({self.says})")
         return int(number) if self.whole else number
 
     @property
     def range(self) -> str:
         """What it may be, in words."""
-        return f"{self.low:g} to {self.high:g}"
+        return f"{self.low:.10g} to {self.high:.10g}"
 
 
 @dataclass(frozen=True, slots=True)
