@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from glassine.commands.control import control_option, controls_of
 from glassine.commands.options import (
     FILE,
     FOLDER,
@@ -27,6 +28,7 @@ from glassine.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from glassine.runtime.control import Control
     from glassine.runtime.inputs import MapSource
     from glassine.runtime.run import Result, Run
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--out", "-o", type=FILE, help="The picture to write.  [default: glassine-SEED.png]")
 @click.option("--image", type=FILE, help="Change this picture instead of starting from noise.")
 @map_options
+@control_option
 @sampling_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures; each has the next seed.")
 @click.option("--from", "replay", type=FILE, help="Draw again what this PNG says; other options change it.")
@@ -55,8 +58,10 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
       glassine generate dreamshaper "a paper boat on a lake" --seed 7 -o boat.png
       glassine generate dreamshaper "a swan" --image boat.png --map gradient:left-right -o swan.png
       glassine generate dreamshaper "a red sail" --image boat.png --mask sail.png --softness 24 -o sail-red.png
+      glassine generate dreamshaper "a clay boat" --control canny=edges.png:weight=0.8:stop=0.6 -o clay.png
       glassine generate dreamshaper --from boat.png -o again.png
     """
+    from glassine.runtime.control_pictures import with_controls
     from glassine.runtime.image import check_output, save_png
     from glassine.runtime.inputs import read_inputs
     from glassine.runtime.pipeline import Pipeline
@@ -73,6 +78,7 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
         check_output(path, overwrite=asked["overwrite"])
     with Pipeline.load(model, engine_of(asked), size=drawing.size) as pipe:
         inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=first.fit)
+        inputs = with_controls(inputs, drawing.controls, pipe.size, first.fit)
         for path, request in zip(paths, requests, strict=True):
             result = watch(pipe.run(request, inputs), asked["preview"])
             save_png(
@@ -83,21 +89,23 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
 
 
 class Drawing(NamedTuple):
-    """What to draw: settings, source picture, its map, and the size if one was said."""
+    """What to draw: settings, source picture, its map, the size if one was said, and what steers it."""
 
     settings: dict[str, Any]
     image: Path | None
     maps: MapSource
     size: tuple[int, int] | None
+    controls: list[Control]
 
 
 def drawing_of(prompt: str | None, asked: dict[str, Any]) -> Drawing:
     """Read what to draw from the options, over what --from recorded."""
+    from glassine.runtime.control_pictures import replayed_controls
     from glassine.runtime.inputs import MapSource, replayed_inputs
     from glassine.runtime.metadata import read_record
     from glassine.runtime.request import DEFAULT_STRENGTH
 
-    settings, image, size = settings_of(asked), asked["image"], asked["size"]
+    settings, image, size, controls = settings_of(asked), asked["image"], asked["size"], controls_of(asked)
     if prompt is not None:
         settings["prompt"] = prompt
     maps = MapSource(
@@ -113,11 +121,12 @@ def drawing_of(prompt: str | None, asked: dict[str, Any]) -> Drawing:
         settings = {**record.request, **settings}
         image, maps = replayed_inputs(record, asked["replay"].parent, image, maps)
         size = record.size if size is None else size
+        controls = controls if controls else replayed_controls(record, asked["replay"].parent)
     elif prompt is None:
         raise click.UsageError("give a PROMPT, or --from PICTURE.png to draw a picture again")
     if image is not None and maps.source is None:
         settings.setdefault("strength", DEFAULT_STRENGTH)
-    return Drawing(settings, image, maps, size)
+    return Drawing(settings, image, maps, size, controls)
 
 
 def output_of(out: Path | None, seed: int, count: int) -> Path:
@@ -197,6 +206,7 @@ def show_map(out: Path, as_json: bool, **asked: Any) -> None:
 @click.option("--columns", type=int, default=8, show_default=True, help="Strengths, from 0 to 1.")
 @click.option("--exact", is_flag=True, help="One run a column, instead of one run whose columns see each other.")
 @click.option("--fit", type=click.Choice(["crop", "fit", "stretch"]), help="As in generate.  [default: crop]")
+@control_option
 @sampling_options
 @model_size
 @click.option("--out", "-o", type=FILE, default=Path("fan.png"), show_default=True, help="The picture to write.")
@@ -214,6 +224,7 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
       glassine fan dreamshaper "a swan" --image boat.png --columns 5 --exact -o fan.png
     """
     from glassine.runtime import fan as fans
+    from glassine.runtime.control_pictures import with_controls
     from glassine.runtime.image import check_output, save_png
     from glassine.runtime.inputs import MapSource, read_inputs
     from glassine.runtime.pipeline import Pipeline
@@ -224,6 +235,7 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
     with Pipeline.load(model, engine_of(asked), size=asked["size"]) as pipe:
         strips = fans.columns(pipe.size[0], asked["columns"])
         inputs = read_inputs(image, MapSource(), *pipe.size, fit=request.fit)
+        inputs = with_controls(inputs, controls_of(asked), pipe.size, request.fit)
         if exact:
             results = [(column, watch(run)) for column, run in fans.exact_fan(pipe, request, inputs, strips)]
             pixels, words = fans.assemble(results), "exact: one run a column"

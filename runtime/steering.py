@@ -47,7 +47,7 @@ def steered(
         return plain, None
     nets = {ready.control.net: _net(pipe, ready.control.net) for ready in active}
     adapted = any(net.kind == "t2i_adapter" for net in nets.values())
-    controlled = role.removesuffix("unet") + ("adapted_unet" if adapted else "controlled_unet")
+    controlled = f"{'adapted' if adapted else 'controlled'}_{role}"
     part = pipe.manifest.part(controlled, pipe.size)
     if part is None:
         raise PackageError(
