@@ -287,6 +287,25 @@ def _open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(path=folder, tensors=tensors, configs=configs)
 
 
+def open_component(folder: Path, classes: Mapping[str, str]) -> Checkpoint:
+    """Read the headers of one diffusers folder that stands alone.
+
+    Args:
+        folder: holds config.json and its weights.
+        classes: of diffusers, and what to call each: the keys begin with that word, "control/conv_in.weight".
+
+    Raises:
+        CheckpointError: config.json describes something else, or the weights are missing or damaged.
+    """
+    config = _json(folder / "config.json")
+    part = classes.get(str(config.get("_class_name")))
+    if part is None:
+        said = f"{folder / 'config.json'}: describes {config.get('_class_name')}"
+        raise CheckpointError(f"{said}, expected one of {', '.join(classes)}")
+    tensors = {f"{part}/{key}": tensor for key, tensor in _component_tensors(folder, "diffusion_pytorch_model")}
+    return Checkpoint(path=folder, tensors=tensors, configs={part: config})
+
+
 def _component(folder: Path) -> str:
     config = _json(folder / "config.json")
     architectures = config.get("architectures")
