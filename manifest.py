@@ -52,11 +52,26 @@ class Scheduler:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergedLora:
+    """A LoRA in the weights: its strengths for the UNet and the text encoders.
+
+    removable: `glassine lora` merged it and can take it out again; else it was merged at conversion.
+    """
+
+    name: str
+    sha256: str
+    unet: float
+    text: float
+    removable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A converted model: sizes in pixels, `batch` rows and `tokens` per UNet call.
 
     parts: by role ("text_encoder", "unet", "vae_decoder", "vae_encoder"), and for every size beyond the first by role
     and size ("unet_768x512"). defaults: settings of a picture (`runtime.request`) that this model is made for.
+    decided: what was decided at conversion -> by which tensor or word.
     """
 
     name: str
@@ -71,6 +86,8 @@ class Manifest:
     parts: dict[str, Part]
     scheduler: Scheduler = field(default_factory=Scheduler)
     defaults: dict[str, Any] = field(default_factory=dict)
+    decided: dict[str, str] = field(default_factory=dict)
+    loras: tuple[MergedLora, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -115,7 +132,8 @@ class Manifest:
             )
         try:
             parts = {role: _part(part) for role, part in raw.pop("parts").items()}
-            manifest = cls(parts=parts, scheduler=Scheduler(**raw.pop("scheduler")), **raw)
+            loras = tuple(MergedLora(**lora) for lora in raw.pop("loras", ()))
+            manifest = cls(parts=parts, scheduler=Scheduler(**raw.pop("scheduler")), loras=loras, **raw)
             numbers = (manifest.width, manifest.height, manifest.batch, manifest.tokens, manifest.clip_skip)
             if not all(type(number) is int and number > 0 for number in numbers):
                 raise ValueError(f"width, height, batch, tokens and clip_skip are {numbers}, not positive integers")

@@ -68,7 +68,7 @@ class Detected:
 
     family: the networks that are there, with their real sizes; those that are not keep the family's. reasons: what was
     decided -> by which tensor or word. defaults: settings this model is meant to be drawn with, where they are not
-    everybody's.
+    everybody's. sources: the file of a part, where that is not the checkpoint.
     """
 
     family: Family
@@ -76,6 +76,7 @@ class Detected:
     parts: Mapping[Part, WeightSource]
     reasons: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[Part, Checkpoint] = field(default_factory=dict)
 
 
 def detect(

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import Checkpoint, Tensor, open_checkpoint, shorten
-from glassine.convert.lora_kinds import Delta, Float, Tensors, delta_of, rescaled, rotated
+from glassine.convert.lora_kinds import BIASES, Delta, Float, Tensors, delta_of, rescaled, rotated
 from glassine.convert.lora_names import Module, Spellings, split_key
 from glassine.convert.weights import Patched, WeightSource
 from glassine.errors import ConversionError
 
 _PIECE = 1 << 20  # elements of a difference that are in memory at a time
-_MATRICES = ("oft_blocks", "rescale", "alpha")
+_OFT = ("oft_blocks", "rescale", "alpha")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,22 +141,24 @@ class Lora:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for module, tensors in changes.items():
             t = Tensors(f"{checkpoint.path}: {module}", tensors)
-            for name, role in ((f"{module}.weight", None), (f"{module}.bias", "bias")):
-                if self._takes(name, role, t, base):
+            for name, takes in ((f"{module}.weight", self._takes), (f"{module}.bias", self._takes_bias)):
+                if takes(name, t, base):
                     self._tensors[name] = t
                     self.shapes[name] = base[name]
 
-    def _takes(self, name: str, role: str | None, t: Tensors, base: Mapping[str, tuple[int, ...]]) -> bool:
+    def _takes_bias(self, name: str, t: Tensors, base: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether the tensors change the bias `name`, once their shapes have been held against it."""
+        for role in BIASES & t.roles:
+            self._expect(name in base, t, role, "the model has no such bias")
+            self._expect(math.prod(t.shape(role)) == math.prod(base[name]), t, role, f"the bias is {base[name]}")
+        return bool(BIASES & t.roles)
+
+    def _takes(self, name: str, t: Tensors, base: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether the tensors change the weight `name`, once their shapes have been held against it."""
-        if role is not None:
-            if role in t:
-                self._expect(name in base, t, role, "the model has no such bias")
-                self._expect(math.prod(t.shape(role)) == math.prod(base[name]), t, role, f"the bias is {base[name]}")
-            return role in t
         if "oft_blocks" in t:
             blocks = t.shape("oft_blocks", 3)
             fits = blocks[1] == blocks[2] and blocks[0] * blocks[1] == base[name][0]
-            self._expect(fits and t.roles <= {*_MATRICES, "bias"}, t, "oft_blocks", f"the weight is {base[name]}")
+            self._expect(fits and t.roles <= {*_OFT, *BIASES}, t, "oft_blocks", f"the weight is {base[name]}")
             if "rescale" in t:
                 fits = math.prod(t.shape("rescale")) == base[name][0]
                 self._expect(fits, t, "rescale", f"the weight is {base[name]}")
@@ -165,7 +167,7 @@ class Lora:
         if delta is None:
             return False
         if not _fits(delta.shape, base[name]):
-            roles = ", ".join(f"{t.key(role)} {t.shape(role)}" for role in sorted(t.roles - {"alpha", "bias"}))
+            roles = ", ".join(f"{t.key(role)} {t.shape(role)}" for role in sorted(t.roles - {"alpha", *BIASES}))
             raise ConversionError(
                 f"{self._path}: {roles} make a difference of shape {delta.shape}, the model's {name} is {base[name]}; "
                 "the file was made for another model"
@@ -193,7 +195,7 @@ class Lora:
         assert weight is not None  # _takes refuses what is not in the base
         t = self._tensors[name]
         if name.endswith(".bias"):
-            return weight + np.float32(self._strength) * t.read("bias").reshape(weight.shape)
+            return self._with_bias(t, name, weight)
         if "oft_blocks" in t:
             return self._rotated(t, weight)
         delta = self._deltas[name]
@@ -209,12 +211,20 @@ class Lora:
             region[...] = changed.reshape(region.shape)
         return weight
 
+    def _with_bias(self, t: Tensors, name: str, bias: Float) -> Float:
+        """A bias of the upper matrix counts as that matrix does: times alpha / rank."""
+        for role in sorted(BIASES & t.roles):
+            delta = self._deltas.get(f"{name.removesuffix('.bias')}.weight")
+            scale = self._scale(t, delta, name) if role == "up_bias" and delta is not None else 1.0
+            bias = bias + np.float32(self._strength * scale) * t.read(role).reshape(bias.shape)
+        return bias
+
     def _scale(self, t: Tensors, delta: Delta, name: str) -> float:
         """What the file itself multiplies with: alpha / rank."""
         if delta.rank is None:
             return 1.0
         if "alpha" not in t:
-            return self._alphas.scale(name.removesuffix(".weight"), delta.rank)
+            return self._alphas.scale(name.rpartition(".")[0], delta.rank)
         return self._alpha(t) / delta.rank
 
     def _alpha(self, t: Tensors) -> float:

@@ -189,7 +189,9 @@ def full(t: Tensors) -> Delta:
     return Delta(shape, None, open_rows)
 
 
-# Kind by the tensors it needs, with those it may have besides. `bias` goes with every kind.
+BIASES = {"bias", "up_bias"}  # a difference of the bias itself, and the bias of PEFT's upper matrix
+
+# Kind by the tensors it needs, with those it may have besides. A bias goes with every kind.
 _SCALED = {"alpha", "dora", "magnitude"}
 _KINDS: tuple[tuple[set[str], set[str], Callable[[Tensors], Delta]], ...] = (
     ({"down", "up"}, {"mid", *_SCALED}, lora),
@@ -204,7 +206,7 @@ def delta_of(t: Tensors) -> Delta | None:
     Raises:
         ConversionError: tensors that make no known kind, or whose shapes do not fit one another.
     """
-    roles = t.roles - {"bias"}
+    roles = t.roles - BIASES
     for needed, optional, make in _KINDS:
         if needed <= roles <= needed | optional:
             return make(t)

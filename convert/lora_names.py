@@ -34,7 +34,7 @@ _DOWN_UP = (
 _ENDINGS = {
     **{f"{down}.weight": "down" for down, _ in _DOWN_UP},
     **{f"{up}.weight": "up" for _, up in _DOWN_UP},
-    **{"lora_mid.weight": "mid", "lora_B.bias": "bias", "alpha": "alpha"},
+    **{"lora_mid.weight": "mid", "lora_B.bias": "up_bias", "alpha": "alpha"},
     **{"dora_scale": "dora", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude"},
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
