@@ -109,14 +109,12 @@ def hint(
         return _inpaint(picture.pixels, _mask_of(mask, picture.size), size, how.fit, picture.notices)
     if mask is not None:
         raise RequestError(f"{how.name}: takes no mask; only inpaint does")
-    seen = control_map(picture.pixels, size, how, engine=engine, name=picture.name)
+    seen = control_map(picture.pixels, size, how, engine=engine)
     pixels = resize.place(seen, size, how.fit)
     return Hint(values=_values(pixels), pixels=pixels, notices=picture.notices)
 
 
-def control_map(
-    pixels: Bytes, size: tuple[int, int], how: Preprocess, *, engine: EngineOptions | None = None, name: str = "hint"
-) -> Bytes:
+def control_map(pixels: Bytes, size: tuple[int, int], how: Preprocess, *, engine: EngineOptions | None = None) -> Bytes:
     """Run the preprocessor on (H, W, 3) uint8 RGB and return its map, not yet of the model's `size`."""
     kind = find(how.name)
     run = _runner(kind, how, engine)
@@ -126,7 +124,7 @@ def control_map(
     resolution = how.resolution
     if resolution is None:
         resolution = resize.pixel_perfect((width, height), size, how.fit)
-    seen = resize.to_resolution(pixels, resolution, name=name)
+    seen = resize.to_resolution(pixels, resolution)
     if not kind.padded:
         return run(seen)
     return run(resize.padded(seen))[: seen.shape[0], : seen.shape[1]]

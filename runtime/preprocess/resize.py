@@ -39,7 +39,7 @@ def pixel_perfect(size: tuple[int, int], target: tuple[int, int], fit: Fit) -> i
     return max(1, round(min(size) * (min(scales) if fit == "fit" else max(scales))))
 
 
-def to_resolution(pixels: Bytes, resolution: int, *, name: str = "image") -> Bytes:
+def to_resolution(pixels: Bytes, resolution: int) -> Bytes:
     """Scale (H, W, 3) so that its short side has `resolution` pixels; bicubic up, area down.
 
     Raises:
@@ -47,13 +47,7 @@ def to_resolution(pixels: Bytes, resolution: int, *, name: str = "image") -> Byt
     """
     height, width = pixels.shape[:2]
     k = resolution / min(height, width)
-    scaled = (round(width * k), round(height * k))
-    if scaled[0] * scaled[1] > LARGEST:
-        raise RequestError(
-            f"{name}: {width}x{height} would be {scaled[0]}x{scaled[1]} at a short side of {resolution}; expected at "
-            f"most {LARGEST} pixels: cut the picture to the part you need, or ask for a lower resolution"
-        )
-    return _resized(pixels, scaled, cv2.INTER_CUBIC if k > 1 else cv2.INTER_AREA)
+    return _resized(pixels, (round(width * k), round(height * k)), cv2.INTER_CUBIC if k > 1 else cv2.INTER_AREA)
 
 
 def padded(pixels: Bytes) -> Bytes:
@@ -71,6 +65,9 @@ def place(control_map: Bytes, target: tuple[int, int], fit: Fit) -> Bytes:
     Args:
         fit: "stretch" ("just resize"): each side by itself. "crop" ("crop and resize"): scaled to cover, cut evenly.
             "fit" ("resize and fill"): scaled to lie inside a canvas of the median colour of the map's border.
+
+    Raises:
+        RequestError: the map is so long and thin that the scaled one exceeds `LARGEST` pixels.
     """
     if fit == "fit":
         return _inside(control_map, target, _border_median(control_map))
@@ -172,6 +169,12 @@ def _removable(on: NDArray[np.bool_], *, first: bool) -> NDArray[Any]:
 
 
 def _resized(pixels: Bytes, size: tuple[int, int], interpolation: int) -> Bytes:
-    if (pixels.shape[1], pixels.shape[0]) == size:
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
         return pixels
+    if size[0] * size[1] > LARGEST:
+        raise RequestError(
+            f"a picture of {width}x{height} would become {size[0]}x{size[1]} on the way to the model's size, expected at "
+            f"most {LARGEST} pixels; cut it to the part you need, or ask for a lower resolution"
+        )
     return np.asarray(cv2.resize(pixels, size, interpolation=interpolation), np.uint8)
