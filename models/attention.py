@@ -11,7 +11,7 @@ the query, not in the graph: a product of unscaled fp16 queries and keys can ove
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from coremltools.converters.mil import Builder as mb
 
@@ -40,13 +40,21 @@ def query_scale(form: Attention, head_dim: int) -> float:
     return 1.0 if form == "sdpa" else head_dim**-0.5
 
 
-def transformer_block(w: Scope, x: Var, context: Var, *, heads: int) -> Var:
+class Attend(Protocol):
+    """How tokens attend: `attention`, or what takes its place."""
+
+    def __call__(self, w: Scope, x: Var, context: Var, *, heads: int) -> Var:
+        """Attend from the tokens `x` to the tokens `context`; the result has the shape of `x`."""
+        ...
+
+
+def transformer_block(w: Scope, x: Var, context: Var, *, heads: int, attend: Attend = attention) -> Var:
     """Self-attention, cross-attention, feed-forward, each behind a LayerNorm and added to its input."""
     axis = 1 if w.channels_first else -1
     h = layer_norm(w / "norm1", x, axis=axis)
-    x = mb.add(x=attention(w / "attn1", h, h, heads=heads), y=x, name=w.op("self"))
+    x = mb.add(x=attend(w / "attn1", h, h, heads=heads), y=x, name=w.op("self"))
     h = layer_norm(w / "norm2", x, axis=axis)
-    x = mb.add(x=attention(w / "attn2", h, context, heads=heads), y=x, name=w.op("cross"))
+    x = mb.add(x=attend(w / "attn2", h, context, heads=heads), y=x, name=w.op("cross"))
     return mb.add(x=_feed_forward(w / "ff.net", layer_norm(w / "norm3", x, axis=axis)), y=x, name=w.op())
 
 

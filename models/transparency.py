@@ -26,6 +26,7 @@ from glassine.models.config import (
     TransparentEncoderConfig,
 )
 from glassine.models.layers import Scope, Var, Weights, build, conv, dense, group_norm, resnet, upsample
+from glassine.models.sharing import control_name
 
 EPS = 1e-5  # of every GroupNorm of the decoder
 LATENT_LEVEL = 3  # where the picture has become as small as its latent
@@ -222,11 +223,6 @@ def frame_control(config: FrameControlConfig, weights: Weights, *, height: int =
         }
 
     return build({"image": ((1, 3, height, width), np.float16)}, control)
-
-
-def control_name(unit: str) -> str:
-    """The name under which the attention `unit` gets what `frame_control` made for it."""
-    return f"{unit.replace('.', '_')}_control"
 
 
 def _frames(w: Scope, signal: Var, channels: int, frames: int) -> Var:

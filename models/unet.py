@@ -7,13 +7,14 @@ made -> the middle -> levels up, reading what was kept -> conv_out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Program
 
-from glassine.models.attention import to_image, to_tokens, transformer_block
+from glassine.models.attention import Attend, attention, to_image, to_tokens, transformer_block
 from glassine.models.config import Attention, Layout, UNetConfig
 from glassine.models.layers import (
     Inputs,
@@ -29,6 +30,7 @@ from glassine.models.layers import (
     sinusoid,
     upsample,
 )
+from glassine.models.sharing import Frames, attention_units, control_name, shared_attention
 
 TIME_IDS_WIDTH = 256  # each number of SDXL's micro-conditioning becomes a sinusoid of this width
 
@@ -56,14 +58,18 @@ def unet(
         LCM: timestep_cond (B, timestep_cond_dim) fp16, the guidance embedding.
         Controlled: additional_residual_0 ... (B, C, h, w) fp32, as `skip_shapes`, the last one for the middle.
         Adapted: adapter_residual_0 ... (B, C, h, w) fp32, see `feature_shapes`.
+        Conditioned: condition (B, condition_channels, height, width) fp16, clean latents; `sample` is 4 channels then.
+        Frames: B is samples x frames; where a picture is given, `control_name` of every attention (frames, C, h, w).
 
     Output: noise_pred (B, out_channels, height, width) fp32.
     """
     inputs: Inputs = {
-        "sample": ((batch, config.in_channels, height, width), np.float16),
+        "sample": ((batch, config.in_channels - config.condition_channels, height, width), np.float16),
         "timestep": ((batch,), np.float32),
         "encoder_hidden_states": ((batch, config.context_dim, 1, tokens), np.float16),
     }
+    if config.condition_channels:
+        inputs["condition"] = ((batch, config.condition_channels, height, width), np.float16)
     if config.time_ids is not None and config.pooled_dim is not None:
         inputs["time_ids"] = ((batch, config.time_ids), np.float32)
         inputs["text_embeds"] = ((batch, config.pooled_dim), np.float16)
@@ -83,6 +89,12 @@ def _steering_inputs(config: UNetConfig, batch: int, height: int, width: int) ->
             inputs[f"additional_residual_{i}"] = ((batch, *shape), np.float32)
     for i, shape in enumerate(feature_shapes(config, height, width)):
         inputs[f"adapter_residual_{i}"] = ((batch, *shape), np.float32)
+    if config.frame_control:
+        sizes = [(height, width)]
+        for _ in config.channels[1:]:
+            sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+        for unit, channels, level in attention_units(config):
+            inputs[control_name(unit)] = ((config.frames, channels, *sizes[level]), np.float32)
     return inputs
 
 
@@ -114,11 +126,12 @@ def feature_shapes(config: UNetConfig, height: int, width: int) -> list[tuple[in
 class Given:
     """What every step reads besides its picture: the embedded time, after SiLU, and the text as tokens.
 
-    context: None where no step has a transformer.
+    context: None where no step has a transformer. attend: how its blocks do.
     """
 
     temb: Var
     context: Var | None
+    attend: Attend = attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +148,12 @@ class UNet:
             [mb.cast(x=x, dtype="fp16") for name, x in steering.items() if name.startswith(kind)]
             for kind in ("additional_", "adapter_")
         )
+        if self.config.condition_channels:
+            sample = mb.concat(values=(sample, embeddings.pop("condition")), axis=1, name="conditioned")
+        control = {name: embeddings.pop(name) for name in list(embeddings) if name.endswith("_control")}
         given = self.given(self.embed(timestep, **embeddings), encoder_hidden_states)
+        if self.config.frames:
+            given = replace(given, attend=partial(shared_attention, frames=Frames(self.config.frames, control)))
         kept = self.down(conv(self.w / "conv_in", sample, self.config.channels[0]), given, features)
         x = self.middle(kept[-1], given)
         if len(features) > len(self.config.channels):
@@ -195,7 +213,7 @@ class UNet:
             for i, depth in enumerate(config.down_depths[level]):
                 x = self._step(w, i, x, given, channels=channels, depth=depth, heads=heads)
                 if level in config.projected_levels:
-                    x = self._transformer(w / "attentions" / i, x, given.context, depth, heads)
+                    x = self._transformer(w / "attentions" / i, x, given, depth, heads)
                 kept.append(x)
             if attends:
                 x = kept[-1] = adapted(x, level)
@@ -232,9 +250,9 @@ class UNet:
     def _step(self, w: Scope, i: int, x: Var, given: Given, *, channels: int, depth: int, heads: int) -> Var:
         """One resnet and, where `depth` is not 0, one transformer of that many blocks."""
         x = resnet(w / "resnets" / i, x, channels, groups=self.config.norm_groups, eps=1e-5, temb=given.temb)
-        return self._transformer(w / "attentions" / i, x, given.context, depth, heads) if depth else x
+        return self._transformer(w / "attentions" / i, x, given, depth, heads) if depth else x
 
-    def _transformer(self, w: Scope, x: Var, context: Var, depth: int, heads: int) -> Var:
+    def _transformer(self, w: Scope, x: Var, given: Given, depth: int, heads: int) -> Var:
         """Look around in the picture and at the text: `depth` blocks between two projections, added to the input."""
         image, (height, width) = x, x.shape[2:]
         channels = image.shape[1]
@@ -245,7 +263,7 @@ class UNet:
         else:
             x = to_tokens(w, conv(w / "proj_in", x, channels, kernel=1))
         for i in range(depth):
-            x = transformer_block(w / "transformer_blocks" / i, x, context, heads=heads)
+            x = transformer_block(w / "transformer_blocks" / i, x, given.context, heads=heads, attend=given.attend)
         if self.config.linear_projection or w.channels_first:
             x = to_image(w, dense(w / "proj_out", x, channels), height=height, width=width)
         else:
