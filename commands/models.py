@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from glassine.commands.lora import extras_of, extras_options
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 @click.argument("out", type=FOLDER)
 @click.option(
     "--part",
-    type=click.Choice(["unet", "vae", "vae_encoder", "vae_decoder", "text_encoder"]),
+    type=click.Choice(["unet", "vae", "vae_encoder", "vae_decoder", "text_encoder", "text_encoder_2"]),
     help="Convert this part alone.",
 )
 @click.option(
@@ -35,9 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--batch",
     type=click.IntRange(1, 16),
-    default=2,
-    show_default=True,
-    help="Rows a UNet call: 2 = with guidance at once, 1 = one after the other.",
+    help="Rows a UNet call: 2 = with guidance at once, 1 = one after the other.  [default: 2; 1 for models without]",
 )
 @click.option(
     "--tokens", type=click.Choice(["77", "154", "231"]), default="77", show_default=True, help="Room for the prompt."
@@ -55,8 +56,28 @@ if TYPE_CHECKING:
     help="Of the tokens.  [default: channels_first for split, channels_last for the others]",
 )
 @click.option("--name", help="The model's name.  [default: the file's]")
-@click.option("--prediction-type", type=click.Choice(["epsilon", "v_prediction"]), help="[default: what the file says]")
+@click.option(
+    "--family",
+    type=click.Choice(["sd15", "sd2", "sdxl", "sdxl_refiner"]),
+    help="Where the tensors leave a choice: a VAE alone.  [default: what the tensors say]",
+)
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction", "sample"]),
+    help="[default: what the file says]",
+)
+@click.option(
+    "--distilled",
+    type=click.Choice(["turbo", "lightning", "hyper", "lcm", "none"]),
+    help="For few steps, and how it is drawn then.  [default: by the file's name]",
+)
+@click.option(
+    "--vae-precision",
+    type=click.Choice(["float16", "float32"]),
+    help="[default: float32 where float16 would overflow: SDXL]",
+)
 @click.option("--tokenizer", type=FOLDER, help="vocab.json and merges.txt, for a vocabulary other than CLIP's.")
+@extras_options
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @overwrite
 @as_json
@@ -69,6 +90,7 @@ def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
     \b
     Example:
       glassine convert dreamshaper_8.safetensors dreamshaper
+      glassine convert dreamshaper_8.safetensors ink --lora ink.safetensors=0.8 --lora lcm.safetensors
       glassine convert unet.safetensors parts --part unet --size 768x512 --attention einsum
     """
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
@@ -78,14 +100,22 @@ def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
     asked["tokens"] = int(asked["tokens"])
     if asked["layout"] is None:
         asked["layout"] = "channels_first" if asked["attention"] == "split" else "channels_last"
-    options = ConvertOptions(**asked)
+    options = ConvertOptions(extras=extras_of(asked), **asked)
     with bar("reading") as advance:
         manifest = convert_checkpoint(
             source, out, options, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}")
         )
     if not as_json:
         say(f"{manifest.name}: {manifest.family}, {manifest.width}x{manifest.height}, {', '.join(manifest.parts)}")
-    give({"folder": str(out), "parts": {role: part.file for role, part in manifest.parts.items()}}, str(out), as_json)
+        say("\n".join(decisions(manifest.decided)))
+    parts = {role: part.file for role, part in manifest.parts.items()}
+    give({"folder": str(out), "parts": parts, "decided": manifest.decided}, str(out), as_json)
+
+
+def decisions(decided: Mapping[str, str]) -> list[str]:
+    """Say what decided the things that a user may want to decide otherwise."""
+    shown = ("family", "prediction type", "schedule", "few steps", "size", "VAE precision")
+    return [f"  {what}: {decided[what]}" for what in shown if what in decided]
 
 
 @click.command()
@@ -94,17 +124,22 @@ def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
 def inspect(model: Path, as_json: bool) -> None:
     """Show what is inside a model.
 
-    MODEL is a model folder or one .mlpackage: inputs, outputs, operations, parameters, FLOPs, precision, size.
+    MODEL is a model folder or one .mlpackage: inputs, outputs, operations, parameters, FLOPs, precision, size. Or it is
+    what could be converted, a .safetensors file or a diffusers folder: what it is, and which tensor says so.
 
     \b
     Example:
       glassine inspect dreamshaper
       glassine inspect dreamshaper/Unet.mlpackage --json
+      glassine inspect dreamshaper_8.safetensors
     """
-    from glassine.manifest import Manifest
+    from glassine.manifest import FILE_NAME, Manifest
     from glassine.runtime.engine.portable.program import read_package
     from glassine.runtime.engine.portable.summary import summarise
 
+    if model.is_file() or (model.suffix != ".mlpackage" and model.is_dir() and not (model / FILE_NAME).is_file()):
+        _inspect_source(model, as_json)
+        return
     if model.suffix == ".mlpackage":
         packages, about = {model.stem: model}, {}
     else:
@@ -121,8 +156,30 @@ def inspect(model: Path, as_json: bool) -> None:
         click.echo(
             "{name}: {family}, {prediction_type}, {width}x{height}, batch {batch}, {tokens} tokens".format(**about)
         )
+        click.echo("\n".join(decisions(about["decided"])))
     for role, package in packages.items():
         click.echo("\n".join(describe(f"{role} ({package.name})", programs[role].function(), summaries[role])))
+
+
+def _inspect_source(path: Path, as_json: bool) -> None:
+    """Say what a checkpoint is, without converting it."""
+    from glassine.convert.checkpoint import open_checkpoint
+    from glassine.convert.detect import detect
+
+    found = detect(open_checkpoint(path))
+    parameters = {part: sum(map(math.prod, weights.shapes.values())) for part, weights in found.parts.items()}
+    result: dict[str, Any] = {
+        "family": found.family.name,
+        "prediction_type": found.family.prediction,
+        "size": found.family.size,
+        "zero_terminal_snr": found.scheduler.zero_terminal_snr,
+        "defaults": dict(found.defaults),
+        "parameters": parameters,
+        "decided": dict(found.reasons),
+    }
+    counts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in parameters.items())
+    lines = [f"{path.name}: {found.family.name}, {found.family.prediction}, {found.family.size}", f"  {counts}"]
+    give(result, "\n".join([*lines, *(f"  {what}: {why}" for what, why in found.reasons.items())]), as_json)
 
 
 def describe(name: str, function: Function, summary: Summary) -> list[str]:

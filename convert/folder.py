@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from glassine import __version__
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
 from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import Files, digests
+from glassine.convert.extras import merged, with_extras
 from glassine.convert.names import Part as SourcePart
-from glassine.convert.network import ConvertOptions, Network, Role, Size
+from glassine.convert.network import ConvertOptions, Network, Precision, Role, Size
 from glassine.convert.package import check_space, replacing
 from glassine.convert.packages import (
     Planned,
@@ -27,6 +31,7 @@ from glassine.convert.packages import (
     write_packages,
 )
 from glassine.convert.program import Requests
+from glassine.convert.shapes import SAMPLE_CHANNELS
 from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
 from glassine.manifest import FILE_NAME, Manifest
@@ -40,22 +45,27 @@ __all__ = ["ConvertOptions", "Progress", "convert_checkpoint"]
 # The names that Apple's Swift pipeline looks for once each package has been compiled.
 PACKAGES: dict[Role, str] = {
     "text_encoder": "TextEncoder",
+    "text_encoder_2": "TextEncoder2",
     "unet": "Unet",
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
 }
 _SOURCES: dict[Role, SourcePart] = {
     "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
     "unet": "unet",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
 }
 _SUMMARIES: dict[Role, str] = {
     "text_encoder": "Stable Diffusion's text encoder: the tokens of a prompt become what the UNet reads.",
+    "text_encoder_2": "Stable Diffusion XL's second text encoder: more of what the UNet reads, and a vector for all.",
     "unet": "Stable Diffusion's UNet: predicts the noise in a latent picture at one time of the diffusion.",
     "vae_decoder": "Stable Diffusion's decoder: a latent becomes a picture.",
     "vae_encoder": "Stable Diffusion's encoder: a picture becomes the moments of its latent.",
 }
+TEXT_ROLES = ("text_encoder", "text_encoder_2")
+VAE_ROLES = ("vae_decoder", "vae_encoder")
 _LONGEST_AXIS = 16384  # of the Neural Engine, for which `split` is written
 
 
@@ -74,18 +84,20 @@ def convert_checkpoint(
         What was written to glassine.json (`source_sha256` is empty after a dry run).
 
     Raises:
-        CheckpointError: the source cannot be read, or is not Stable Diffusion 1.x.
+        CheckpointError: the source cannot be read, or is not Stable Diffusion.
         ConversionError: weights are missing, left over, of wrong shape, not finite or too large for fp16.
         PackageError: `out` is in the way, cannot be written, or the disk is too full.
     """
     options = ConvertOptions() if options is None else options
     report = _silent if report is None else report
     checkpoint = open_checkpoint(source)
-    detected = detect(checkpoint, options.prediction_type)
-    sizes = options.sizes if options.sizes else ((detected.family.size, detected.family.size),)
-    networks = _networks(checkpoint, detected, sizes, options)
+    detected = detect(checkpoint, options.prediction_type, family=options.family, distilled=options.distilled)
+    detected = with_extras(checkpoint, detected, options.extras)
+    options = options.settled(detected)
+    sizes = options.sizes
+    networks = _networks(checkpoint, detected, options)
     _check_out(out, options)
-    texts = _texts(checkpoint, detected, options) if "text_encoder" in {network.role for network in networks} else {}
+    texts = _texts(checkpoint, detected, options) if any(network.role in TEXT_ROLES for network in networks) else {}
     with digests(hashed_files(networks), skip=options.dry_run) as digest:
         packages = plan_packages(networks, sizes, _name(checkpoint, options), report)
         manifest = partial(_manifest, checkpoint, detected, packages, options)
@@ -105,28 +117,30 @@ def _silent(progress: Progress) -> None:
     """Report to nobody."""
 
 
-def _networks(
-    checkpoint: Checkpoint, detected: Detected, sizes: tuple[Size, ...], options: ConvertOptions
-) -> list[Network]:
+def _networks(checkpoint: Checkpoint, detected: Detected, options: ConvertOptions) -> list[Network]:
     """The networks to convert, in the order a picture meets them."""
     roles = _roles(checkpoint, detected, options)
+    family = detected.family
+    vae_precision, vae_about = _vae_precision(checkpoint, detected, options)
     # The two ways of a VAE share a file; converting one leaves the other's weights, by their names.
     other = {"vae_decoder": ("encoder.", "quant_conv."), "vae_encoder": ("decoder.", "post_quant_conv.")}
     return [
         Network(
             key=role,
             role=role,
-            package=PACKAGES[role],
+            package="UnetRefiner" if (role, family.name) == ("unet", "sdxl_refiner") else PACKAGES[role],
             weights=detected.parts[_SOURCES[role]],
-            source=checkpoint,
-            files=_files(checkpoint, _SOURCES[role]),
-            write=partial(_write, role, detected.family, options),
-            config=_config(role, detected.family),
+            source=detected.sources.get(_SOURCES[role], checkpoint),
+            files=_files(detected.sources.get(_SOURCES[role], checkpoint), _SOURCES[role]),
+            write=partial(_write, role, family, replace(options, vae_precision=vae_precision)),
+            config=_config(role, family),
             summary=_SUMMARIES[role],
+            about=vae_about if role in VAE_ROLES else _about(role, family),
             leaves=other.get(role, ()) if options.part == role else (),
-            sizes=sizes[:1] if role == "text_encoder" else None,
-            attention=None if role == "text_encoder" else options.attention,
-            layout=None if role == "text_encoder" else options.layout,
+            sizes=options.sizes[:1] if role in TEXT_ROLES else None,
+            attention=None if role in TEXT_ROLES else options.attention,
+            layout=None if role in TEXT_ROLES else options.layout,
+            precision=vae_precision if role in VAE_ROLES else "float16",
         )
         for role in roles
     ]
@@ -134,7 +148,11 @@ def _networks(
 
 def _roles(checkpoint: Checkpoint, detected: Detected, options: ConvertOptions) -> list[Role]:
     """The networks to convert, in the order a picture meets them."""
-    wanted = [role for role in PACKAGES if options.part in {None, role} or role.startswith(f"{options.part}_")]
+    has = {"unet", *VAE_ROLES, *detected.family.text_roles}
+    parts = VAE_ROLES if options.part == "vae" else has if options.part is None else {options.part}
+    wanted = [role for role in PACKAGES if role in has and role in parts]
+    if not wanted:
+        raise CheckpointError(f"{checkpoint.path}: {detected.family.name} has no {options.part}, only {sorted(has)}")
     missing = sorted({_SOURCES[role] for role in wanted} - set(detected.parts))
     if missing:
         present = ", ".join(sorted(detected.parts))
@@ -153,7 +171,7 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
         raise PackageError(f"{out}: exists; choose another folder or pass --overwrite to replace it")
     if not (out / FILE_NAME).is_file():
         raise PackageError(f"{out}: has no {FILE_NAME}, so Glassine did not make it and does not replace it")
-    packages = rf"({'|'.join(PACKAGES.values())})(_\d+x\d+)?\.(mlpackage|mlmodelc)"
+    packages = rf"({'|'.join(PACKAGES.values())}|UnetRefiner)(_\d+x\d+)?\.(mlpackage|mlmodelc)"
     texts = {FILE_NAME, VOCABULARY, MERGES, ".DS_Store"}
     strangers = sorted(
         entry.name for entry in out.iterdir() if entry.name not in texts and not re.fullmatch(packages, entry.name)
@@ -174,18 +192,16 @@ def _write(role: Role, family: Family, options: ConvertOptions, weights: Request
 
     width, height = size
     rows, columns = height // 8, width // 8
+    if role in TEXT_ROLES:
+        return text_encoder(family.text_encoder(role), weights)
     attention, layout = options.attention, options.layout
-    if role == "text_encoder":
-        return text_encoder(family.text_encoders[0], weights)
-    if attention == "split" and rows * columns > _LONGEST_AXIS:
-        raise ConversionError(
-            f"size {width}x{height}: attention over {rows * columns} cells; the Neural Engine, for which "
-            f"--attention split is written, ends at {_LONGEST_AXIS}: use --attention einsum or sdpa"
-        )
-    if role == "vae_decoder":
-        return vae_decoder(family.vae, weights, height=rows, width=columns, attention=attention, layout=layout)
-    if role == "vae_encoder":
-        return vae_encoder(family.vae, weights, height=height, width=width, attention=attention, layout=layout)
+    _check_axis(role, family, options, size)
+    if role in VAE_ROLES:
+        dtype = np.float32 if options.vae_precision == "float32" else np.float16
+        form = {"attention": attention, "layout": layout, "dtype": dtype}
+        if role == "vae_decoder":
+            return vae_decoder(family.vae, weights, height=rows, width=columns, **form)
+        return vae_encoder(family.vae, weights, height=height, width=width, **form)
     if options.tokens % family.text_encoders[0].tokens:
         raise ConversionError(
             f"tokens {options.tokens}: expected a multiple of the text encoder's {family.text_encoders[0].tokens}"
@@ -193,7 +209,7 @@ def _write(role: Role, family: Family, options: ConvertOptions, weights: Request
     return unet(
         family.unet,
         weights,
-        batch=options.batch,
+        batch=options.rows,
         height=rows,
         width=columns,
         tokens=options.tokens,
@@ -205,7 +221,50 @@ def _write(role: Role, family: Family, options: ConvertOptions, weights: Request
 def _config(role: Role, family: Family) -> Any:
     if role == "unet":
         return family.unet
-    return family.text_encoders[0] if role == "text_encoder" else family.vae
+    return family.text_encoder(role) if role in TEXT_ROLES else family.vae
+
+
+def _about(role: Role, family: Family) -> dict[str, Any]:
+    """What the run time has to know beyond names and shapes."""
+    if role == "unet":
+        return {"sample": [list(part) for part in SAMPLE_CHANNELS[family.unet.in_channels]]}
+    pad = family.text_encoder(role).pad
+    return {} if pad is None else {"pad": pad}
+
+
+def _vae_precision(
+    checkpoint: Checkpoint, detected: Detected, options: ConvertOptions
+) -> tuple[Precision, dict[str, Any]]:
+    """fp16 unless the VAE needs a wider range, and what decided."""
+    if options.vae_precision is not None:
+        return options.vae_precision, {"why": "asked for"}
+    if not detected.family.wide_vae:
+        return "float16", {}
+    if checkpoint.configs.get("vae", {}).get("force_upcast") is False:
+        return "float16", {"why": "vae/config.json: force_upcast is false"}
+    return "float32", {"why": "a VAE of SDXL: its activations exceed the range of float16"}
+
+
+def _vae_decision(packages: list[Planned]) -> dict[str, str]:
+    networks = (package.network for package in packages if package.network.role in VAE_ROLES)
+    said = next((f"{net.precision}: {net.about['why']}" for net in networks if "why" in net.about), None)
+    return {} if said is None else {"VAE precision": said}
+
+
+def _check_axis(role: Role, family: Family, options: ConvertOptions, size: Size) -> None:
+    """Refuse what is longer than an axis of the Neural Engine: `split` is written for it. float32 never runs there."""
+    if options.attention != "split" or (role in VAE_ROLES and options.vae_precision == "float32"):
+        return
+    width, height = size
+    level = 0
+    if role == "unet":
+        level = next((level for level, depths in enumerate(family.unet.down_depths) if any(depths)), 0)
+    cells = -(-height // (8 << level)) * -(-width // (8 << level))
+    if cells > _LONGEST_AXIS:
+        raise ConversionError(
+            f"size {width}x{height}: attention over {cells} cells; the Neural Engine, for which "
+            f"--attention split is written, ends at {_LONGEST_AXIS}: use --attention einsum or sdpa"
+        )
 
 
 def _files(checkpoint: Checkpoint, part: SourcePart) -> tuple[Path, ...]:
@@ -237,11 +296,14 @@ def _manifest(
         prediction_type=family.prediction,
         width=width,
         height=height,
-        batch=options.batch,
+        batch=options.rows,
         tokens=options.tokens,
         latent_scale=family.latent_scale,
-        clip_skip=1,
+        clip_skip=1 + family.text_encoders[0].skip,
         parts=parts(packages, digests),
+        loras=() if options.dry_run else merged(options.extras.loras),
         scheduler=detected.scheduler,
+        defaults=dict(detected.defaults),
+        decided={**detected.reasons, **_vae_decision(packages)},
         versions={"glassine": __version__, "coremltools": version("coremltools")},
     )

@@ -7,11 +7,14 @@ networks have to fit is the `Base`: the checkpoint they come with, or the folder
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from glassine.convert.checkpoint import Checkpoint
+from glassine.convert.detect import Detected, FamilyName
+from glassine.convert.extras import Extras
+from glassine.convert.prediction import Distilled
 from glassine.convert.program import Requests
 from glassine.convert.weights import WeightSource
 from glassine.errors import ConversionError
@@ -20,7 +23,8 @@ from glassine.models.config import Attention, Family, Layout, Prediction
 if TYPE_CHECKING:
     from coremltools.converters.mil.mil import Program
 
-Role = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+Role = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
+Precision = Literal["float16", "float32"]
 Size = tuple[int, int]
 
 
@@ -30,27 +34,32 @@ class ConvertOptions:
 
     sizes: (width, height) in pixels, multiples of 8; the first is the folder's own, each further one adds a UNet and a
         VAE that share the weights. Empty: the size the family was trained at.
-    batch: rows per UNet call; 2 is one picture with guidance. tokens: of the UNet's context, a multiple of the text
-        encoder's.
+    batch: rows per UNet call; 2 is one picture with guidance. None: 2, or 1 for a model drawn without guidance.
+    tokens: of the UNet's context, a multiple of the text encoder's.
     part: only this network ("vae": both ways).
     name: of the model; None takes the source's file name.
-    prediction_type: overrides what the source says.
+    family, prediction_type, distilled, vae_precision: override what the source says, see `detect` and `vae_range`.
     tokenizer: a folder with vocab.json and merges.txt, in the place of CLIP's.
     overwrite: replace a folder that Glassine made, once the new one is complete.
     dry_run: check everything and write nothing.
+    extras: LoRAs and other weights that are laid over the checkpoint's.
     """
 
     sizes: tuple[Size, ...] = ()
-    batch: int = 2
+    batch: int | None = None
     tokens: int = 77
     attention: Attention = "split"
     layout: Layout = "channels_first"
     part: Role | Literal["vae"] | None = None
     name: str | None = None
+    family: FamilyName | None = None
     prediction_type: Prediction | None = None
+    distilled: Distilled | None = None
+    vae_precision: Precision | None = None
     tokenizer: Path | None = None
     overwrite: bool = False
     dry_run: bool = False
+    extras: Extras = field(default_factory=Extras)
 
     def __post_init__(self) -> None:
         for width, height in self.sizes:
@@ -58,10 +67,26 @@ class ConvertOptions:
                 raise ConversionError(f"size {width}x{height}: width and height are multiples of 8, 64 or more")
         if len(set(self.sizes)) != len(self.sizes):
             raise ConversionError("the same size is asked for twice")
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise ConversionError(f"batch {self.batch}: expected 1 or more; 2 is one picture with guidance")
         if self.tokens < 1:
             raise ConversionError(f"tokens {self.tokens}: expected 77 or a multiple of it")
+
+    def settled(self, detected: Detected) -> ConvertOptions:
+        """Return the options with what nobody asked for as the model wants it."""
+        size = detected.family.size
+        guided = detected.defaults.get("guidance_scale", 0.0) != 1.0 and detected.family.unet.timestep_cond_dim is None
+        return replace(
+            self,
+            sizes=self.sizes if self.sizes else ((size, size),),
+            batch=self.batch if self.batch is not None else (2 if guided else 1),
+        )
+
+    @property
+    def rows(self) -> int:
+        """The batch of settled options."""
+        assert self.batch is not None
+        return self.batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,19 +44,20 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A place in a network: whose weights, under which prefix, and how attention and its tokens are written."""
+    """A place in a network: whose weights, under which prefix, in which form of attention, layout and dtype."""
 
     weights: Weights
     attention: Attention
     layout: Layout
     path: str = ""
+    dtype: type[np.floating[Any]] = np.float16
 
     def __truediv__(self, name: str | int) -> Scope:
         return replace(self, path=f"{self.path}.{name}" if self.path else str(name))
 
     def __call__(self, name: str, shape: tuple[int, ...], *, scale: float = 1.0) -> Var:
-        """Make a constant of the weight `name` of this place, fp16."""
-        return mb.const(val=self.weights((self / name).path, shape, scale=scale), name=self.op(name))
+        """Make a constant of the weight `name` of this place."""
+        return mb.const(val=self.weights((self / name).path, shape, scale=scale, dtype=self.dtype), name=self.op(name))
 
     def op(self, what: str = "") -> str:
         """Name an operation after its place, so that a report that names it says where it is."""
@@ -136,7 +137,7 @@ def layer_norm(w: Scope, x: Var, *, axis: int = -1) -> Var:
     """Normalise over the channels at `axis`, eps 1e-5, then x*weight + bias (never the division by a weight)."""
     shape = (x.shape[axis],)
     return mb.layer_norm(
-        x=x, axes=[axis], gamma=w("weight", shape), beta=w("bias", shape), epsilon=np.float16(1e-5), name=w.op()
+        x=x, axes=[axis], gamma=w("weight", shape), beta=w("bias", shape), epsilon=w.dtype(1e-5), name=w.op()
     )
 
 
@@ -161,7 +162,7 @@ def _group_norm_plain(w: Scope, x: Var, groups: int, eps: float, flat: bool) -> 
     axes = list(range(2, x.rank))
     x = mb.sub(x=x, y=mb.reduce_mean(x=x, axes=axes, keep_dims=True, name=w.op("mean")), name=w.op("centred"))
     variance = mb.reduce_mean(x=mb.square(x=x, name=w.op("square")), axes=axes, keep_dims=True, name=w.op("variance"))
-    deviation = mb.sqrt(x=mb.add(x=variance, y=np.float16(eps), name=w.op("eps")), name=w.op("deviation"))
+    deviation = mb.sqrt(x=mb.add(x=variance, y=w.dtype(eps), name=w.op("eps")), name=w.op("deviation"))
     x = mb.real_div(x=x, y=deviation, name=w.op("normal"))
     x = mb.reshape(x=x, shape=(batch, channels, *spatial), name=w.op("ungrouped"))
     if flat:  # batch_norm is for images
@@ -169,11 +170,11 @@ def _group_norm_plain(w: Scope, x: Var, groups: int, eps: float, flat: bool) -> 
         return mb.add(x=x, y=w("bias", (1, channels, 1)), name=w.op())
     return mb.batch_norm(
         x=x,
-        mean=np.zeros(channels, np.float16),
-        variance=np.ones(channels, np.float16),
+        mean=np.zeros(channels, w.dtype),
+        variance=np.ones(channels, w.dtype),
         gamma=w("weight", (channels,)),
         beta=w("bias", (channels,)),
-        epsilon=np.float16(1e-5),
+        epsilon=w.dtype(1e-5),
         name=w.op(),
     )
 
@@ -187,29 +188,29 @@ def _group_norm_scaled(w: Scope, x: Var, groups: int, eps: float) -> Var:
     rank 5, no view of it that would have to be copied.
     """
     channels = x.shape[1]
-    x = mb.sub(x=x, y=_each_group(mb.reduce_mean, x, groups, one_by_one=True), name=w.op("centred"))
-    largest = _each_group(mb.reduce_max, mb.abs(x=x, name=w.op("abs")), groups)
+    x = mb.sub(x=x, y=_each_group(w, mb.reduce_mean, x, groups, one_by_one=True), name=w.op("centred"))
+    largest = _each_group(w, mb.reduce_max, mb.abs(x=x, name=w.op("abs")), groups)
     # The floor keeps the reciprocal finite for groups that are constant.
-    largest = mb.maximum(x=largest, y=np.float16(2**-6), name=w.op("largest"))
-    inverse = mb.real_div(x=np.float16(8), y=largest, name=w.op("inverse"))
+    largest = mb.maximum(x=largest, y=w.dtype(2**-6), name=w.op("largest"))
+    inverse = mb.real_div(x=w.dtype(8), y=largest, name=w.op("inverse"))
     x = mb.mul(x=x, y=inverse, name=w.op("unit"))
-    variance = _each_group(mb.reduce_mean, mb.square(x=x, name=w.op("square")), groups, one_by_one=True)
+    variance = _each_group(w, mb.reduce_mean, mb.square(x=x, name=w.op("square")), groups, one_by_one=True)
     # eps * inverse^2 from its root: eps itself would be rounded to a multiple of 6e-8.
-    root = mb.mul(x=inverse, y=np.float16(math.sqrt(eps)), name=w.op("eps_root"))
+    root = mb.mul(x=inverse, y=w.dtype(math.sqrt(eps)), name=w.op("eps_root"))
     variance = mb.add(x=variance, y=mb.mul(x=root, y=root, name=w.op("eps")), name=w.op("variance"))
-    gain = mb.rsqrt(x=variance, epsilon=np.float16(0), name=w.op("rsqrt"))
+    gain = mb.rsqrt(x=variance, epsilon=w.dtype(0), name=w.op("rsqrt"))
     gain = mb.mul(x=gain, y=w("weight", (1, channels, 1, 1)), name=w.op("gain"))
     return mb.add(x=mb.mul(x=x, y=gain, name=w.op("scaled")), y=w("bias", (1, channels, 1, 1)), name=w.op())
 
 
-def _each_group(reduce: Callable[..., Var], x: Var, groups: int, *, one_by_one: bool = False) -> Var:
+def _each_group(w: Scope, reduce: Callable[..., Var], x: Var, groups: int, *, one_by_one: bool = False) -> Var:
     """Reduce (B, C, H, W) to one number a group, repeated for its channels: (B, C, 1, 1)."""
     batch, channels = x.shape[:2]
     for axes in ([3], [2]) if one_by_one else ([2, 3],):
         x = reduce(x=x, axes=axes, keep_dims=True)
     x = mb.reshape(x=x, shape=(batch, groups, channels // groups, 1))
     # Repeated by a broadcast product: `tile` is in none of Apple's packages, so nobody knows where it would run.
-    x = mb.mul(x=reduce(x=x, axes=[2], keep_dims=True), y=np.ones((1, 1, channels // groups, 1), np.float16))
+    x = mb.mul(x=reduce(x=x, axes=[2], keep_dims=True), y=np.ones((1, 1, channels // groups, 1), w.dtype))
     return mb.reshape(x=x, shape=(batch, channels, 1, 1))
 
 

@@ -15,6 +15,7 @@ from glassine.models.attention import to_image, to_tokens
 from glassine.models.config import Attention, Layout, VAEConfig
 from glassine.models.layers import Scope, Var, Weights, build, conv, group_norm, resnet, upsample
 
+VAEDtype = type[np.float16] | type[np.float32]
 EPS = 1e-6  # of every GroupNorm of the VAE
 
 
@@ -27,12 +28,13 @@ def vae_encoder(
     width: int = 512,
     attention: Attention = "split",
     layout: Layout = "channels_first",
+    dtype: VAEDtype = np.float16,
 ) -> Program:
     """Write the encoder as a program.
 
-    height, width: pixels, multiples of 8 (`config.downscale`).
+    height, width: pixels, multiples of 8 (`config.downscale`). dtype: see `vae_decoder`.
 
-    Input: x (B, 3, height, width) fp16 in [-1, 1].
+    Input: x (B, 3, height, width) `dtype` in [-1, 1].
 
     Output: latent (B, 2*latent_channels, height/8, width/8) fp32: the mean, then the logarithm of the variance; neither
     sampled nor scaled.
@@ -44,7 +46,7 @@ def vae_encoder(
         raise ConversionError(
             f"VAE encoder: {width}x{height} pixels; expected multiples of {config.downscale}, the size of a latent cell"
         )
-    root = Scope(weights, attention, layout)
+    root = Scope(weights, attention, layout, dtype=dtype)
 
     def encode(x: Var) -> dict[str, Var]:
         w = root / "encoder"
@@ -58,7 +60,7 @@ def vae_encoder(
         x = _out(w, _middle(w / "mid_block", x, config.norm_groups), config.norm_groups, 2 * config.latent_channels)
         return {"latent": conv(root / "quant_conv", x, 2 * config.latent_channels, kernel=1)}
 
-    return build({"x": ((batch, 3, height, width), np.float16)}, encode, attention=attention)
+    return build({"x": ((batch, 3, height, width), dtype)}, encode, attention=attention)
 
 
 def vae_decoder(
@@ -70,16 +72,17 @@ def vae_decoder(
     width: int = 64,
     attention: Attention = "split",
     layout: Layout = "channels_first",
+    dtype: VAEDtype = np.float16,
 ) -> Program:
     """Write the decoder as a program.
 
-    height, width: latent cells.
+    height, width: latent cells. dtype: of weights, arithmetic and input; SDXL's own VAE overflows fp16.
 
-    Input: z (B, latent_channels, height, width) fp16, already divided by the family's latent scale.
+    Input: z (B, latent_channels, height, width) `dtype`, already divided by the family's latent scale.
 
     Output: image (B, 3, 8*height, 8*width) fp32, nominally in [-1, 1], not clipped.
     """
-    root = Scope(weights, attention, layout)
+    root = Scope(weights, attention, layout, dtype=dtype)
 
     def decode(z: Var) -> dict[str, Var]:
         w = root / "decoder"
@@ -94,13 +97,13 @@ def vae_decoder(
                 x = upsample(block / "upsamplers.0", x, height=2 * x.shape[2], width=2 * x.shape[3])
         return {"image": _out(w, x, config.norm_groups, 3)}
 
-    return build({"z": ((batch, config.latent_channels, height, width), np.float16)}, decode, attention=attention)
+    return build({"z": ((batch, config.latent_channels, height, width), dtype)}, decode, attention=attention)
 
 
 def _downsample(w: Scope, x: Var) -> Var:
     """Halve the size with a convolution that sees one row and column of zeros at the bottom and right alone."""
     channels = x.shape[1]
-    x = mb.pad(x=x, pad=[0, 0, 0, 0, 0, 1, 0, 1], mode="constant", constant_val=np.float16(0), name=w.op("pad"))
+    x = mb.pad(x=x, pad=[0, 0, 0, 0, 0, 1, 0, 1], mode="constant", constant_val=w.dtype(0), name=w.op("pad"))
     w = w / "conv"
     return mb.conv(
         x=x,
