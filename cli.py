@@ -14,6 +14,7 @@ import click
 from glassine import __version__
 from glassine.commands.about import demo, doctor
 from glassine.commands.draw import fan, generate, show_map
+from glassine.commands.layers import compose, layers
 from glassine.commands.models import convert, inspect, verify
 from glassine.commands.preprocess import preprocess
 from glassine.errors import GlassineError
@@ -54,5 +55,5 @@ def main() -> None:
     """
 
 
-for verb in (convert, generate, show_map, fan, preprocess, inspect, verify, demo, doctor):
+for verb in (convert, generate, show_map, fan, layers, compose, preprocess, inspect, verify, demo, doctor):
     main.add_command(verb)

@@ -17,6 +17,7 @@ from glassine.commands.options import (
     bar,
     engine_of,
     engine_options,
+    family_options,
     give,
     map_options,
     model_size,
@@ -25,6 +26,7 @@ from glassine.commands.options import (
     sampling_options,
     say,
     settings_of,
+    transparency_options,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 @map_options
 @control_option
 @sampling_options
+@transparency_options
+@family_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures; each has the next seed.")
 @click.option("--from", "replay", type=FILE, help="Draw again what this PNG says; other options change it.")
 @model_size
@@ -59,31 +63,35 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
       glassine generate dreamshaper "a swan" --image boat.png --map gradient:left-right -o swan.png
       glassine generate dreamshaper "a red sail" --image boat.png --mask sail.png --softness 24 -o sail-red.png
       glassine generate dreamshaper "a clay boat" --control canny=edges.png:weight=0.8:stop=0.6 -o clay.png
+      glassine generate sdxl "a paper boat" --refiner sdxl-refiner --refine-at 0.8 -o boat.png
+      glassine generate dreamshaper "a paper boat" --transparent --background "#204060" -o boat-alone.png
       glassine generate dreamshaper --from boat.png -o again.png
     """
+    from glassine.commands.views import check_views, save_views
     from glassine.runtime.control_pictures import with_controls
     from glassine.runtime.image import check_output, save_png
     from glassine.runtime.inputs import read_inputs
     from glassine.runtime.pipeline import Pipeline
-    from glassine.runtime.request import Request
 
     drawing = drawing_of(prompt, asked)
     if "seed" not in drawing.settings:
         drawing.settings["seed"] = secrets.randbelow(2**32)
         say(f"seed {drawing.settings['seed']}")
-    first = Request.from_dict(drawing.settings)
-    requests = [dataclasses.replace(first, seed=first.seed + index) for index in range(count)]
-    paths = [output_of(out, request.seed, count) for request in requests]
-    for path in paths:
-        check_output(path, overwrite=asked["overwrite"])
-    with Pipeline.load(model, engine_of(asked), size=drawing.size) as pipe:
-        inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=first.fit)
+    with Pipeline.load(model, engine_of(asked), size=drawing.size, refiner=asked["refiner"]) as pipe:
+        first = pipe.request(drawing.settings, image_alone=drawing.image is not None and drawing.maps.source is None)
+        requests = [dataclasses.replace(first, seed=first.seed + index) for index in range(count)]
+        paths = [output_of(out, request.seed, count) for request in requests]
+        for path in paths:
+            check_output(path, overwrite=asked["overwrite"])
+            check_views(path, first, pipe.size, asked)
+        inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=first.fit, keep_alpha=first.transparent)
         inputs = with_controls(inputs, drawing.controls, pipe.size, first.fit)
         for path, request in zip(paths, requests, strict=True):
             result = watch(pipe.run(request, inputs), asked["preview"])
             save_png(
                 path, result.pixels, text=result.text, icc_profile=result.icc_profile, overwrite=asked["overwrite"]
             )
+            save_views(path, result, asked)
             report = {"path": str(path), "seed": request.seed, "evaluations": result.evaluations}
             give({**report, "seconds": result.seconds, "notices": result.notices}, str(path), as_json)
 
@@ -103,7 +111,6 @@ def drawing_of(prompt: str | None, asked: dict[str, Any]) -> Drawing:
     from glassine.runtime.control_pictures import replayed_controls
     from glassine.runtime.inputs import MapSource, replayed_inputs
     from glassine.runtime.metadata import read_record
-    from glassine.runtime.request import DEFAULT_STRENGTH
 
     settings, image, size, controls = settings_of(asked), asked["image"], asked["size"], controls_of(asked)
     if prompt is not None:
@@ -119,13 +126,13 @@ def drawing_of(prompt: str | None, asked: dict[str, Any]) -> Drawing:
         for notice in record.notices:
             say(f"note: {notice}")
         settings = {**record.request, **settings}
+        if "refiner" in record.model and asked.get("refiner") is None:
+            say(f"note: the last steps were drawn by {record.model['refiner']}; give it with --refiner")
         image, maps = replayed_inputs(record, asked["replay"].parent, image, maps)
         size = record.size if size is None else size
         controls = controls if controls else replayed_controls(record, asked["replay"].parent)
     elif prompt is None:
         raise click.UsageError("give a PROMPT, or --from PICTURE.png to draw a picture again")
-    if image is not None and maps.source is None:
-        settings.setdefault("strength", DEFAULT_STRENGTH)
     return Drawing(settings, image, maps, size, controls)
 
 
@@ -148,7 +155,10 @@ def watch(run: Run, preview: Path | None = None) -> Result:
             if preview is not None:
                 save_png(preview, run.preview(step), overwrite=True)
         advance(run.steps, run.steps, "decoding")
-        return run.finish()
+        result = run.finish()
+    for notice in result.notices[len(run.notices) :]:
+        say(f"note: {notice}")
+    return result
 
 
 @click.command("map")
@@ -228,11 +238,11 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
     from glassine.runtime.image import check_output, save_png
     from glassine.runtime.inputs import MapSource, read_inputs
     from glassine.runtime.pipeline import Pipeline
-    from glassine.runtime.request import Request
 
     check_output(out, overwrite=asked["overwrite"])
-    request = Request.from_dict({"seed": secrets.randbelow(2**32), **settings_of(asked), "prompt": prompt})
+    settings = {"seed": secrets.randbelow(2**32), **settings_of(asked), "prompt": prompt}
     with Pipeline.load(model, engine_of(asked), size=asked["size"]) as pipe:
+        request = pipe.request(settings)
         strips = fans.columns(pipe.size[0], asked["columns"])
         inputs = read_inputs(image, MapSource(), *pipe.size, fit=request.fit)
         inputs = with_controls(inputs, controls_of(asked), pipe.size, request.fit)

@@ -70,10 +70,11 @@ sampling_options = options(
     click.option("--negative", "negative_prompt", help="What the picture should not show."),
     click.option("--strength", type=float, 
                  help="How much of the image may change, 0 to 1.  [default: 0.75; 1 with a map]"),
-    click.option("--steps", type=int, help="Denoising steps.  [default: 20]"),
-    click.option("--cfg", "guidance_scale", type=float, help="Classifier-free guidance.  [default: 7.5]"),
+    click.option("--steps", type=int, help="Denoising steps.  [default: the model's, or 20]"),
+    click.option("--cfg", "guidance_scale", type=float,
+                 help="Classifier-free guidance, 1 = without.  [default: the model's, or 7.5]"),
     click.option("--rescale", "guidance_rescale", type=float, help="Guidance rescale, 0 to 1.  [default: 0]"),
-    click.option("--sampler", type=click.Choice(SAMPLERS), help="[default: dpmpp_2m]"),
+    click.option("--sampler", type=click.Choice(SAMPLERS), help="[default: the model's, or dpmpp_2m]"),
     click.option("--spacing", type=click.Choice(SPACINGS), help="Noise levels.  [default: the sampler's own]"),
     click.option("--eta", type=float, help="Share of fresh noise, for samplers that have it."),
     click.option("--seed", type=int, help="[default: a new one, printed]"),
@@ -82,9 +83,35 @@ sampling_options = options(
     click.option("--clip-skip", type=int, help="1 = the last layer, 2 = the one before ...  [default: the model's]"),
     click.option("--emphasis", type=click.Choice(["original", "no_norm"]), help="How (word:1.3) weighs."),
 )  # fmt: skip
+decoder_options = options(
+    click.option("--passes", type=int, help="Of the transparent decoder: 1, fast, or 8, best.  [default: 8]"),
+    click.option("--stop-at", type=float, metavar="SHARE",
+                 help="Draw the end with the model's own UNet: after this share of the way, 0 to 1.  [default: 1]"),
+)  # fmt: skip
+transparency_options = options(
+    click.option("--transparent", is_flag=True, default=None, help="Draw RGBA, with LayerDiffuse's networks."),
+    decoder_options,
+    click.option("--background", metavar="COLOUR|FILE",
+                 help="Also write NAME-over.png: how it looks over a colour, a picture or a checkerboard."),
+    click.option("--keep-grey", is_flag=True, help="Also write NAME-grey.png: the picture on grey, before its alpha."),
+    click.option("--no-padding", is_flag=True,
+                 help="Refuse sizes that are not multiples of 64; the transparent decoder pads and crops them."),
+)  # fmt: skip
+family_options = options(
+    click.option("--refiner", type=FOLDER, help="A model that draws the last steps, such as SDXL's refiner."),
+    click.option("--refine-at", type=float, metavar="SHARE",
+                 help="The share of the noise that is gone when the refiner takes over.  [default: 0.8]"),
+    click.option("--original-size", callback=lambda _, __, value: read_size(value) if value is not None else None,
+                 metavar="WxH", help="SDXL: draw as pictures that had this size look.  [default: the picture's]"),
+    click.option("--crop", callback=lambda _, __, value: read_pair(value) if value is not None else None,
+                 metavar="LEFT,TOP", help="SDXL: draw as pictures cropped so look.  [default: 0,0]"),
+    click.option("--image-cfg", "image_guidance", type=float,
+                 help="instruct-pix2pix: guidance by the picture, beside --cfg.  [default: 1.5]"),
+)  # fmt: skip
 SETTINGS = (
     "negative_prompt", "strength", "steps", "guidance_scale", "guidance_rescale", "sampler", "spacing", "eta", "seed",
-    "noise", "clip_skip", "emphasis", "rule", "fit",
+    "noise", "clip_skip", "emphasis", "rule", "fit", "refine_at", "original_size", "crop", "image_guidance",
+    "transparent", "passes", "stop_at", "fg_prompt", "bg_prompt", "blend_prompt",
 )  # fmt: skip
 
 
@@ -131,3 +158,11 @@ def read_size(value: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise click.BadParameter(f"{value!r} is not a size; expected WIDTHxHEIGHT in pixels, such as 512x768")
     return int(width), int(height)
+
+
+def read_pair(value: str) -> tuple[int, int]:
+    """Read two whole numbers such as 0,64: pixels from the left and from the top."""
+    left, comma, top = value.partition(",")
+    if not (comma and left.strip().isdecimal() and top.strip().isdecimal()):
+        raise click.BadParameter(f"{value!r} is not LEFT,TOP; expected two numbers of pixels, such as 0,64")
+    return int(left), int(top)

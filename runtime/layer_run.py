@@ -76,7 +76,7 @@ class LayerRun(Run):
         self._grey: Bytes | None = None
         self._layers: dict[str, Bytes] = {}
         _check(pipe, self.patch, inputs)
-        super().__init__(pipe, request, inputs)
+        super().__init__(pipe, request, _not_behind(inputs, self.patch.frames))
 
     def preview(self, step: Step) -> Bytes:
         """Return a rough picture (H, W, 3) uint8 of the first frame, over a checkerboard if it will be transparent.
@@ -117,12 +117,14 @@ class LayerRun(Run):
 
     def _network(self, role: str, guidance: Guidance, fixed: dict[str, NDArray[Any]], *, frames: int) -> Denoiser:
         pipe = self._pipe
+        predict, control = self._steered(pipe, role)
         return Denoiser(
-            lambda **arrays: pipe.engine(role).predict(**arrays, **fixed),
+            lambda **arrays: predict(**arrays, **fixed),
             pipe.schedule,
             guidance,
             rows=needed(pipe, role).inputs["sample"][0][0],
             prediction=pipe.manifest.prediction_type,
+            control=control,
             frames=frames,
         )
 
@@ -292,6 +294,22 @@ def stop_step(schedule: NoiseSchedule, sigmas: Sigmas, stop_at: float) -> int:
     cutoff = (1 - stop_at) * (len(schedule.sigmas) - 1)
     # A level made of a whole timestep is that timestep but for rounding.
     return sum(schedule.t_of_sigma(float(sigma)) >= cutoff - 1e-6 for sigma in sigmas[:-1])
+
+
+def _not_behind(inputs: Inputs, frames: tuple[str, ...]) -> Inputs:
+    """Keep controls out of the background of a picture with layers, unless they weigh each frame themselves.
+
+    What steers the object would otherwise appear in the background too.
+    """
+    if len(frames) == 1 or "bg" not in frames:
+        return inputs
+    controls = []
+    for ready in inputs.controls:
+        weights = ready.control.weights
+        if len(weights) == 1:
+            weights = tuple(0.0 if frame == "bg" else weights[0] for frame in frames)
+        controls.append(dataclasses.replace(ready, control=dataclasses.replace(ready.control, weight=weights)))
+    return dataclasses.replace(inputs, controls=tuple(controls))
 
 
 def _check(pipe: Pipeline, patch: Patch, inputs: Inputs) -> None:
