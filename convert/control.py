@@ -112,7 +112,7 @@ def _write_unet(config: UNetConfig, options: ConvertOptions, weights: Requests, 
 def _form(options: ConvertOptions, size: Size) -> dict[str, Any]:
     width, height = size
     return {
-        "batch": options.batch,
+        "batch": options.rows,
         "height": height // 8,
         "width": width // 8,
         "tokens": options.tokens,
@@ -139,7 +139,7 @@ def _name(control: Control) -> str:
 
 def _about(file: ControlFile, name: str, base: Base, **said: Any) -> dict[str, Any]:
     words = f"{file.checkpoint.path.stem} {name}".lower()
-    about = {
+    about: dict[str, Any] = {
         "kind": file.kind,
         "family": base.family.name,
         "preprocessor": next((what for word, what in _PREPROCESSORS if word in words), None),

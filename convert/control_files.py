@@ -192,8 +192,8 @@ def _adapter_keys(keys: Collection[str]) -> dict[str, Source]:
             resnet = f"resnets.{match[3]}." if match[2] else ""
             name = f"body.{match[1]}.{resnet}{match[4]}"
         else:
-            level, resnet = divmod(int(match[1]), 2)
-            name = f"body.{level}.{'' if match[4].startswith('in_conv') else f'resnets.{resnet}.'}{match[4]}"
+            level, number = divmod(int(match[1]), 2)
+            name = f"body.{level}.{'' if match[4].startswith('in_conv') else f'resnets.{number}.'}{match[4]}"
         names[f"adapter.{name}"] = Source(key)
     return names
 
