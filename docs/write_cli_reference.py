@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import click
 from click.testing import CliRunner
 
 from glassine.cli import main
@@ -21,7 +22,11 @@ def reference() -> str:
         text = CliRunner().invoke(main, [*arguments, "--help"], prog_name="glassine", terminal_width=100).stdout
         return "\n".join(line.rstrip() for line in text.splitlines())
 
-    sections = [f"## glassine {verb}\n\n```text\n{help_of(verb)}\n```\n" for verb in main.commands]
+    verbs = []
+    for name, verb in main.commands.items():
+        verbs.append((name,))
+        verbs += [(name, part) for part in verb.commands] if isinstance(verb, click.Group) else []
+    sections = [f"## glassine {' '.join(words)}\n\n```text\n{help_of(*words)}\n```\n" for words in verbs]
     return "\n".join([INTRODUCTION, f"```text\n{help_of()}\n```\n", *sections])
 
 

@@ -12,24 +12,31 @@ from glassine.cli import main
 from glassine.commands.options import RULES, SAMPLERS, SPACINGS
 
 ROOT = Path(package.__file__).parent
-VERBS = sorted(main.commands)
+VERBS = {
+    words: command
+    for name, verb in sorted(main.commands.items())
+    for words, command in {
+        name: verb,
+        **({f"{name} {part}": inner for part, inner in verb.commands.items()} if isinstance(verb, click.Group) else {}),
+    }.items()
+}
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_ends_with_an_example(glassine, verb):
-    text = glassine(verb, "--help").stdout
+    text = glassine(*verb.split(), "--help").stdout
     assert f"Example:\n    glassine {verb}" in text
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_is_explained(verb):
-    bare = [p.opts[-1] for p in main.commands[verb].params if isinstance(p, click.Option) and not p.help]
+    bare = [p.opts[-1] for p in VERBS[verb].params if isinstance(p, click.Option) and not p.help]
     assert bare == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_summary_fits_on_its_line(verb):
-    assert "..." not in main.commands[verb].get_short_help_str(limit=60)
+    assert "..." not in VERBS[verb].get_short_help_str(limit=60)
 
 
 def test_names_on_the_command_line_are_the_registries():
@@ -48,7 +55,8 @@ def test_examples_in_the_documentation_parse():
     assert commands
     for command in commands:
         _, verb, *words = command.split("#")[0].split()
-        known = {name for p in main.commands[verb].params for name in p.opts}
+        verb = f"{verb} {words[0]}" if words and f"{verb} {words[0]}" in VERBS else verb
+        known = {name for p in VERBS[verb].params for name in p.opts}
         assert {word for word in words if word.startswith("-")} <= known | {"-h", "--help"}, command
 
 
