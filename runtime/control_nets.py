@@ -73,6 +73,7 @@ class ControlNets:
 
     Raises:
         RequestError: a net that does not fit the UNet, or a hint that does not fit the net.
+        EngineError: at a call: a net returned NaN or infinity; the message names the net and the residual.
     """
 
     def __init__(self, nets: Sequence[tuple[ReadyControl, Net]], unet: Shapes, *, first: int = 0, steps: int) -> None:
@@ -90,46 +91,23 @@ class ControlNets:
         active = self._active(call)
         if not active:
             return {}
-        whole = self._whole(call, active)
-        if whole is not None:
-            return self._sum.completed(whole)
-        self._sum.begin(len(call.inputs["sample"]))
+        if self._is_whole(call, active):
+            return self._sum.whole(call, active[0].term(call, tuple(range(len(call.rows)))))
+        self._sum.begin(call)
         for steered in active:
             for rows in steered.batches(call):
                 self._sum.before(steered.net)  # its buffers are about to be used again
                 self._sum.add(steered.term(call, rows))
         return self._sum.end()
 
-    def examine(self, call: NetworkCall) -> None:
-        """Call the nets again, after a UNet that returned NaN or infinity, to see whether it came from one of them.
-
-        Raises:
-            EngineError: it did; the message names the net and the residual.
-        """
-        for steered in self._active(call):
-            for rows in steered.batches(call):
-                for name, residual in steered.term(call, rows).residuals.items():
-                    bad = int((~np.isfinite(residual[: len(rows)])).sum())
-                    if bad:
-                        raise EngineError(
-                            f'step {call.i + 1} (sigma {call.sigma:.4g}): control net "{steered.net.name}" returned '
-                            f"{bad} of {residual.size} numbers of {name} as NaN or infinity, most likely a "
-                            "half-precision overflow; run it on other compute units or in fp32, or convert it again"
-                        )
-
     def _active(self, call: NetworkCall) -> list[_Steered]:
         return [steered for steered in self._steered if steered.control.acts(call.i - self._first, self._steps)]
 
-    def _whole(self, call: NetworkCall, active: list[_Steered]) -> Inputs | None:
-        """The outputs of the only net themselves, where nothing is to be summed or scaled: no copy at all."""
-        if len(active) != 1 or not active[0].plain:
-            return None
-        (steered,) = active
-        batches = list(steered.batches(call))
-        rows = tuple(range(len(call.rows)))
-        if batches != [rows] or steered.net.rows != len(call.inputs["sample"]):
-            return None
-        return steered.term(call, rows).residuals
+    def _is_whole(self, call: NetworkCall, active: list[_Steered]) -> bool:
+        """Whether the outputs of one net are the sums, and need no copy: it steers every row, and nothing is scaled."""
+        if len(active) != 1 or not active[0].plain or active[0].net.rows != len(call.inputs["sample"]):
+            return False
+        return list(active[0].batches(call)) == [tuple(range(len(call.rows)))]
 
 
 class _Term(NamedTuple):
@@ -156,13 +134,12 @@ class _Steered:
         self._once = None if "sample" in net.inputs else lambda: net.predict(**self._given)
         self._features: Inputs | None = None
         soft = self.control.mode != "balanced"
-        names = list(net.outputs)
-        weights = soft_weights(net.kind, len(names)) if soft else (1.0,) * len(names)
+        weights = soft_weights(net.kind, len(net.outputs)) if soft else (1.0,) * len(net.outputs)
         self.plain = not soft and ready.map is None and set(self.control.weights) == {1.0}
-        self._scales = {
-            name: weight if ready.map is None else weight * at_size(ready.map, *net.outputs[name][2:]).reshape(-1)
-            for name, weight in zip(names, weights, strict=True)
-        }
+        self._scales: dict[str, Any] = {name: weights[_number(name)] for name in net.outputs}
+        if ready.map is not None:
+            for name, (_, _, *size) in net.outputs.items():
+                self._scales[name] *= at_size(ready.map, *size).reshape(-1)
 
     def batches(self, call: NetworkCall) -> Iterator[tuple[int, ...]]:
         """The rows of a call that the net steers, as many at a time as it takes."""
@@ -213,17 +190,21 @@ class _Sum:
         self._threads = ThreadPoolExecutor(_THREADS)
         self._local = threading.local()
 
-    def completed(self, residuals: Inputs) -> Inputs:
-        """Return residuals as they are, with zeros for the inputs that they do not feed."""
-        for name in self._takes.keys() - residuals.keys() - self._zeros.keys():
+    def whole(self, call: NetworkCall, term: _Term) -> Inputs:
+        """Return the residuals of a term as they are, with zeros for the inputs that it does not feed."""
+        self._call = call
+        finite = self._threads.map(_is_finite, term.residuals.values())
+        self._refuse([term], [name for name, good in zip(term.residuals, finite, strict=True) if not good])
+        for name in self._takes.keys() - term.residuals.keys() - self._zeros.keys():
             self._zeros[name] = np.zeros(self._takes[name], np.float32)
-        return {**self._zeros, **residuals}
+        return {**self._zeros, **term.residuals}
 
-    def begin(self, rows: int) -> None:
-        """Start the sums of a call of so many rows."""
+    def begin(self, call: NetworkCall) -> None:
+        """Start the sums of a call."""
+        self._call = call
         for name, shape in self._takes.items():
             if name not in self._buffers:
-                self._buffers[name] = np.zeros((rows, *shape[1:]), np.float32)
+                self._buffers[name] = np.zeros((len(call.inputs["sample"]), *shape[1:]), np.float32)
             self._written[name].clear()
 
     def add(self, term: _Term) -> None:
@@ -246,11 +227,24 @@ class _Sum:
 
     def _write(self) -> None:
         terms, self._pending = self._pending, []
-        list(self._threads.map(partial(self._write_one, terms), self._takes))
+        finite = self._threads.map(partial(self._write_one, terms), self._takes)
+        self._refuse(terms, [name for name, good in zip(self._takes, finite, strict=True) if not good])
 
-    def _write_one(self, terms: list[_Term], name: str) -> None:
-        """Add one residual of every term to its buffer; no two threads have the same name."""
-        written = self._written[name]
+    def _refuse(self, terms: list[_Term], bad: list[str]) -> None:
+        """Name the net that returned what is not finite, if there is any."""
+        for term, name in ((term, name) for term in terms for name in bad if name in term.residuals):
+            used = term.residuals[name][[source for _, source, _ in term.rows]]
+            count = int((~np.isfinite(used)).sum())
+            if count:
+                raise EngineError(
+                    f'step {self._call.i + 1} (sigma {self._call.sigma:.4g}): control net "{term.net.name}" returned '
+                    f"{count} of {used.size} numbers of {name} as NaN or infinity, most likely a half-precision "
+                    "overflow; run it on other compute units or in fp32, or convert it again"
+                )
+
+    def _write_one(self, terms: list[_Term], name: str) -> bool:
+        """Add one residual of every term to its buffer, and say whether it is finite; a name has one thread alone."""
+        written, finite = self._written[name], True
         for row, sums in enumerate(self._buffers[name]):
             parts = [
                 (term.residuals[name][source], np.multiply(term.scales[name], weight, dtype=np.float32))
@@ -260,24 +254,28 @@ class _Sum:
                 if target == row
             ]
             if parts:
-                self._accumulate(sums, parts, fresh=row not in written)
+                finite &= self._accumulate(sums, parts, fresh=row not in written)
                 written.add(row)
+        return finite
 
-    def _accumulate(self, sums: Float, parts: list[tuple[NDArray[Any], Any]], *, fresh: bool) -> None:
-        """Sums (C, h, w) = or += every array (C, h, w) times its scale, block by block."""
+    def _accumulate(self, sums: Float, parts: list[tuple[NDArray[Any], Any]], *, fresh: bool) -> bool:
+        """Sums (C, h, w) = or += every array (C, h, w) times its scale, block by block; say whether they are finite."""
         channels, cells = len(sums), sums[0].size
         flat = sums.reshape(channels, cells)
         sources = [(array.reshape(channels, cells), scale) for array, scale in parts]
         step = max(1, _BLOCK // cells)
-        scratch = self._scratch(step * cells)
-        for at in range(0, channels, step):
-            block = flat[at : at + step]
-            product = scratch[: block.size].reshape(block.shape)
-            for number, (array, scale) in enumerate(sources):
-                if fresh and number == 0:
-                    np.multiply(array[at : at + step], scale, out=block)
-                else:
-                    block += np.multiply(array[at : at + step], scale, out=product)
+        scratch, finite = self._scratch(step * cells), True
+        with np.errstate(invalid="ignore", over="ignore"):  # it is looked for here, and reported by its net's name
+            for at in range(0, channels, step):
+                block = flat[at : at + step]
+                product = scratch[: block.size].reshape(block.shape)
+                for number, (array, scale) in enumerate(sources):
+                    if fresh and number == 0:
+                        np.multiply(array[at : at + step], scale, out=block)
+                    else:
+                        block += np.multiply(array[at : at + step], scale, out=product)
+                finite &= _is_finite(block)
+        return finite
 
     def _scratch(self, size: int) -> Float:
         """Return this thread's own array of products."""
@@ -285,6 +283,17 @@ class _Sum:
         if scratch is None or scratch.size < size:
             self._local.scratch = scratch = np.empty(size, np.float32)
         return scratch
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether all numbers are finite, at the speed of the memory: a sum of squares is, if they all are."""
+    flat = array.reshape(-1)
+    return bool(np.isfinite(np.dot(flat, flat)))
+
+
+def _number(name: str) -> int:
+    """The index at the end of a residual's name."""
+    return int(name.rpartition("_")[2])
 
 
 def residual_inputs(inputs: Shapes) -> Shapes:

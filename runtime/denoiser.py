@@ -9,7 +9,7 @@ t; this is the only place where both languages meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -135,16 +135,7 @@ class NetworkCall(NamedTuple):
     inputs: Inputs
 
 
-class Control(Protocol):
-    """What steers a network from outside, such as ControlNets (`control_nets.py`)."""
-
-    def __call__(self, call: NetworkCall) -> Inputs:
-        """Return further inputs of the network for this call, by name; they may be written again at the next call."""
-        ...
-
-    def examine(self, call: NetworkCall) -> None:
-        """Raise EngineError if it was these inputs that made the network return NaN or infinity."""
-        ...
+Control = Callable[[NetworkCall], Inputs]
 
 
 class Denoiser:
@@ -157,7 +148,8 @@ class Denoiser:
         rows: rows of every network call (the package's batch). Pictures and branches fill as many calls as they need;
             the last call is filled up by repeating its last row.
         prediction: what the network's output means.
-        control: asked before every network call for further inputs, such as ControlNet residuals by name.
+        control: called before every network call; returns further inputs, such as ControlNet residuals by name, which
+            it may write again at the next call.
         whole_timesteps: round t to a whole number, as diffusers' DPMSolver and UniPC do on Karras levels.
         frames: pictures that the network draws together, such as the layers of one picture: they share every call, in
             rows of (branch, frame).
@@ -230,8 +222,6 @@ class Denoiser:
             self._outputs[picture, branches.index(branch)] = output[index]
         used = output[: len(call.rows)]
         if not np.isfinite(used).all():
-            if self._control is not None:
-                self._control.examine(call)
             bad = int((~np.isfinite(used)).sum())
             raise EngineError(
                 f"step {call.i + 1} (sigma {call.sigma:.4g}, timestep {t:.4g}): {bad} of {used.size} numbers that "
