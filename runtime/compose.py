@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
 from glassine.errors import RequestError
-from glassine.runtime.decode import decoded_share
+from glassine.runtime.decode import CELL, decoded_share
 from glassine.runtime.image import Source, fit_picture, read_picture
 from glassine.runtime.transparency import pad_rgb
 
@@ -58,12 +58,12 @@ def over(layers: Sequence[Bytes]) -> Bytes:
         colours = layer[..., :3] * front + colours * (1 - front)
         alpha = front + alpha * (1 - front)
     straight = np.where(alpha > 0, colours / np.maximum(alpha, 1e-12), layers[0][..., :3])
-    return np.rint(np.concatenate([straight, alpha * 255], axis=-1)).astype(np.uint8)
+    return np.asarray(np.rint(np.concatenate([straight, alpha * 255], axis=-1)), np.uint8)
 
 
 def flatten(rgba: Bytes, background: Bytes) -> Bytes:
     """Show a picture (H, W, 4) over an opaque background (H, W, 3); (H, W, 3) uint8."""
-    return over([opaque(background), rgba])[..., :3]
+    return np.ascontiguousarray(over([opaque(background), rgba])[..., :3])
 
 
 def opaque(pixels: Bytes) -> Bytes:
@@ -96,15 +96,15 @@ def background(what: str | Source, width: int, height: int) -> Bytes:
     scaled = read_picture(what, name="background")
     if scaled.size == (width, height):
         return scaled.pixels
-    return fit_picture(scaled, -(-width // 8) * 8, -(-height // 8) * 8).pixels[:height, :width]
+    fitted = fit_picture(scaled, -(-width // CELL) * CELL, -(-height // CELL) * CELL).pixels
+    return np.ascontiguousarray(fitted[:height, :width])
 
 
 def checkerboard(width: int, height: int) -> Bytes:
     """Return the grey checks (H, W, 3) uint8 that stand for transparency; 16 of them along the shorter side."""
     side = max(min(width, height) // 16, 1)
-    dark = (np.arange(height)[:, None] // side + np.arange(width) // side) % 2 == 0
-    checks = np.where(dark, *(np.uint8(255 * level) for level in _CHECKS))
-    return np.repeat(checks[..., None], 3, axis=-1)
+    light = (np.arange(height)[:, None] // side + np.arange(width) // side) % 2
+    return np.repeat((255 * np.array(_CHECKS)).astype(np.uint8)[light][..., None], 3, axis=-1)
 
 
 def composite_rgba(decoded: Bytes, source: Bytes, live: NDArray[Any]) -> Bytes:
@@ -123,7 +123,7 @@ def composite_rgba(decoded: Bytes, source: Bytes, live: NDArray[Any]) -> Bytes:
     plain = sum(picture[..., :3] * part for picture, part in parts)
     straight = np.where(alpha > 0, colours / np.maximum(alpha, 1e-12), plain)
     mixed: Bytes = np.rint(np.concatenate([straight, alpha], axis=-1)).astype(np.uint8)
-    return np.where(share == 0, source, np.where(share == 1, decoded, mixed))
+    return np.asarray(np.where(share == 0, source, np.where(share == 1, decoded, mixed)))
 
 
 def resized(rgba: Bytes, width: int, height: int) -> Bytes:

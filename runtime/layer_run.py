@@ -89,7 +89,7 @@ class LayerRun(Run):
         drawn = pixels.astype(np.float32) - 127.5
         share = np.clip(np.abs(drawn).max(axis=-1, keepdims=True) / _GREY_REACH, 0, 1)
         checks = checkerboard(pixels.shape[1], pixels.shape[0])
-        return np.rint(np.clip(pixels + (checks - 127.5) * (1 - share), 0, 255)).astype(np.uint8)
+        return np.asarray(np.rint(np.clip(pixels + (checks - 127.5) * (1 - share), 0, 255)), np.uint8)
 
     def finish(self) -> Result:
         """Make the steps that are left, decode every frame, and put protected pixels back."""
@@ -191,19 +191,12 @@ def patch_of(pipe: Pipeline, kind: str) -> Patch:
     """
     role = f"{kind}_unet"
     part = needed(pipe, role)
-    about = part.about
-    frames, decoded, conditions = (about.get(name) for name in ("frames", "decoded", "conditions"))
-    if not all(isinstance(names, list) for names in (frames, decoded, conditions)) or not frames:
+    about = {"control": None, "patch": "", "patch_sha256": "", **part.about}
+    lists = [about.get(name) for name in ("frames", "decoded", "conditions")]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise PackageError(f"{pipe.folder}: its {role} does not say which pictures it draws; convert the patch again")
-    return Patch(
-        role=role,
-        frames=tuple(frames),
-        decoded=tuple(decoded),
-        conditions=tuple(conditions),
-        control=about.get("control"),
-        name=str(about.get("patch", "")),
-        sha256=str(about.get("patch_sha256", "")),
-    )
+    frames, decoded, conditions = (tuple(str(name) for name in names or ()) for names in lists)
+    return Patch(role, frames, decoded, conditions, about["control"], str(about["patch"]), str(about["patch_sha256"]))
 
 
 def needed(pipe: Pipeline, role: str) -> Part:

@@ -91,7 +91,7 @@ def draw_layers(
     chain = _chain(pipe, task, tuple(sorted(known)))
     if "fg" in known:
         check_cutout(known["fg"])
-    layers = {name: known[name] for name in ("bg", "fg") if name in known}
+    layers: dict[str, Bytes] = {name: known[name] for name in ("bg", "fg") if name in known}
     blend = known.get("blend")
     results = []
     for number, kind in enumerate(chain, 1):
@@ -120,7 +120,7 @@ def _chain(pipe: Pipeline, task: Task, given: tuple[str, ...]) -> tuple[str, ...
     for chain in chains:
         if all(pipe.manifest.part(f"{kind}_unet", pipe.size) is not None for kind in chain):
             return chain
-    files = " or ".join(" and ".join(f"{kind}" for kind in chain) for chain in chains)
+    files = " or ".join(" and ".join(chain) for chain in chains)
     raise PackageError(
         f"{pipe.folder}: this model cannot {task} at {pipe.size[0]}x{pipe.size[1]}; add LayerDiffuse's {files} with: "
         f"glassine convert FILE --base {pipe.folder}"
@@ -166,7 +166,7 @@ def alpha_of_grey(pipe: Pipeline, pixels: Bytes, passes: Passes = 8) -> tuple[By
     Returns:
         (H, W, 4) uint8, straight alpha, and how far it can be trusted.
     """
-    pixel = np.moveaxis(pixels, -1, 0)[None].astype(np.float32) / 255
+    pixel = np.asarray(np.moveaxis(pixels, -1, 0)[None], np.float32) / np.float32(255)
     height, width = pixels.shape[:2]
     argb = alpha_decoder(pipe)(pixel, np.zeros((1, 4, height // CELL, width // CELL), np.float32), passes)
     return to_bytes(np.moveaxis(argb[[1, 2, 3, 0]], 0, -1)), health(argb, pixel[0])

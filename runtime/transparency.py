@@ -60,7 +60,7 @@ def pad_rgb(rgba: Bytes) -> Float:
         for axis in (0, 1):
             filled = _linear(filled, level.shape[axis], axis)
         filled = level[..., :3] + filled * (1 - level[..., 3:])
-    return filled.astype(np.float32)
+    return np.asarray(filled, np.float32)
 
 
 def encode_rgba(
@@ -260,7 +260,7 @@ class AlphaDecoder:
             raise EngineError(f'transparent decoder: output "argb" is {got}, expected {expected}')
         if not np.isfinite(answer.astype(np.float32)).all():
             raise EngineError("transparent decoder: the picture holds NaN or infinity; run it in fp32")
-        return np.clip(answer[0].astype(np.float32), 0, 1)
+        return np.asarray(np.clip(answer[0], 0, 1), np.float32)
 
 
 def decoder_size(width: int, height: int) -> tuple[int, int]:
@@ -289,7 +289,7 @@ def _area(values: NDArray[np.float64], size: int, axis: int) -> NDArray[np.float
     part = np.expand_dims(edges - whole, tuple(i for i in range(values.ndim) if i != axis))
     sums = np.insert(np.cumsum(values, axis=axis), 0, 0, axis=axis)
     up_to = sums.take(whole, axis) + part * values.take(whole, axis)
-    return np.diff(up_to, axis=axis) * (size / length)
+    return np.asarray(np.diff(up_to, axis=axis) * (size / length))
 
 
 def _linear(values: NDArray[np.float64], size: int, axis: int) -> NDArray[np.float64]:
@@ -298,4 +298,4 @@ def _linear(values: NDArray[np.float64], size: int, axis: int) -> NDArray[np.flo
     at = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
     low = at.astype(np.int64)
     part = np.expand_dims(at - low, tuple(i for i in range(values.ndim) if i != axis))
-    return values.take(low, axis) * (1 - part) + values.take(np.minimum(low + 1, length - 1), axis) * part
+    return np.asarray(values.take(low, axis) * (1 - part) + values.take(np.minimum(low + 1, length - 1), axis) * part)
