@@ -123,7 +123,7 @@ def _image_package(path: Path, feature: Feature) -> Network:
     """Open a package that takes an image, as Apple's own do; it knows how it wants the colours to be."""
     if sys.platform != "darwin":
         raise EngineError(
-            f'{path}: input "{feature.name}" is an image, which only Core ML takes, on a Mac, and this is {sys.platform}; '
+            f'{path}: input "{feature.name}" is an image, which only Core ML on a Mac takes; this is {sys.platform}: '
             "bring the network as .onnx"
         )
     from coremltools.models import MLModel

@@ -174,7 +174,7 @@ def _resized(pixels: Bytes, size: tuple[int, int], interpolation: int) -> Bytes:
         return pixels
     if size[0] * size[1] > LARGEST:
         raise RequestError(
-            f"a picture of {width}x{height} would become {size[0]}x{size[1]} on the way to the model's size, expected at "
-            f"most {LARGEST} pixels; cut it to the part you need, or ask for a lower resolution"
+            f"a picture of {width}x{height} would become {size[0]}x{size[1]} on the way to the model's size, expected "
+            f"at most {LARGEST} pixels; cut it to the part you need, or ask for a lower resolution"
         )
     return np.asarray(cv2.resize(pixels, size, interpolation=interpolation), np.uint8)
