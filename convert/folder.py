@@ -18,7 +18,7 @@ from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import Files, digests
 from glassine.convert.extras import merged, with_extras
 from glassine.convert.names import Part as SourcePart
-from glassine.convert.network import ConvertOptions, Network, Precision, Role, Size
+from glassine.convert.network import Base, ConvertOptions, Network, Precision, Role, Size
 from glassine.convert.package import check_space, replacing
 from glassine.convert.packages import (
     Planned,
@@ -34,7 +34,7 @@ from glassine.convert.program import Requests
 from glassine.convert.shapes import SAMPLE_CHANNELS
 from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
-from glassine.manifest import FILE_NAME, Manifest
+from glassine.manifest import FILE_NAME, STORE, Manifest
 from glassine.models.config import Family
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def convert_checkpoint(
     options = options.settled(detected)
     sizes = options.sizes
     networks = _networks(checkpoint, detected, options)
+    for listed in options.further:
+        networks += listed(_base(checkpoint, detected, networks, options))
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if any(network.role in TEXT_ROLES for network in networks) else {}
     with digests(hashed_files(networks), skip=options.dry_run) as digest:
@@ -111,6 +113,14 @@ def convert_checkpoint(
             written = manifest(digest())
             written.write(fresh)
     return written
+
+
+def _base(checkpoint: Checkpoint, detected: Detected, networks: list[Network], options: ConvertOptions) -> Base:
+    """What further networks have to fit: the UNet that is being converted."""
+    unet = next((network for network in networks if network.key == "unet"), None)
+    if unet is None:
+        raise ConversionError(f"{checkpoint.path}: further networks have to fit a UNet, and --part leaves it out")
+    return Base(family=detected.family, unet=unet.weights, source=unet.source, files=unet.files, options=options)
 
 
 def _silent(progress: Progress) -> None:
@@ -171,8 +181,10 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
         raise PackageError(f"{out}: exists; choose another folder or pass --overwrite to replace it")
     if not (out / FILE_NAME).is_file():
         raise PackageError(f"{out}: has no {FILE_NAME}, so Glassine did not make it and does not replace it")
-    packages = rf"({'|'.join(PACKAGES.values())}|UnetRefiner)(_\d+x\d+)?\.(mlpackage|mlmodelc)"
-    texts = {FILE_NAME, VOCABULARY, MERGES, ".DS_Store"}
+    further = ("UnetRefiner", "ControlledUnet", "AdaptedUnet", r"(ControlNet|Adapter)_[\w.-]+?")
+    names = "|".join((*PACKAGES.values(), *further))
+    packages = rf"({names})(_\d+x\d+)?\.(mlpackage|mlmodelc|weights\.json)"
+    texts = {FILE_NAME, STORE, VOCABULARY, MERGES, ".DS_Store"}
     strangers = sorted(
         entry.name for entry in out.iterdir() if entry.name not in texts and not re.fullmatch(packages, entry.name)
     )

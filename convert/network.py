@@ -43,6 +43,7 @@ class ConvertOptions:
     overwrite: replace a folder that Glassine made, once the new one is complete.
     dry_run: check everything and write nothing.
     extras: LoRAs and other weights that are laid over the checkpoint's.
+    further: networks of other files: each function lists those of its files, for the base it is given.
     """
 
     sizes: tuple[Size, ...] = ()
@@ -60,6 +61,7 @@ class ConvertOptions:
     overwrite: bool = False
     dry_run: bool = False
     extras: Extras = field(default_factory=Extras)
+    further: tuple[Further, ...] = ()
 
     def __post_init__(self) -> None:
         for width, height in self.sizes:
@@ -140,3 +142,6 @@ class Base:
     source: Checkpoint
     files: tuple[Path, ...]
     options: ConvertOptions
+
+
+Further = Callable[[Base], list[Network]]
