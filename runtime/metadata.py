@@ -73,7 +73,7 @@ class Record:
 
     written_by: "glassine" = complete; "a1111" = the settings its text has.
     request: settings by Glassine's names; the caller validates their values. size: (width, height) or None.
-    model: "name" and "sha256" (A1111: its first 10 digits) where known. inputs: role -> {"name", "sha256"}.
+    model: "name", "sha256" (A1111: its first 10 digits) and "refiner" where known. inputs: role -> {"name", "sha256"}.
     controls: the settings of each, and "files" as `inputs`.
     notices: what could not be taken over.
     """
@@ -146,6 +146,8 @@ def parameters_text(
         "Eta": request.get("eta"),
         "CFG Rescale": request["guidance_rescale"] if request.get("guidance_rescale") else None,
         "RNG": {"torch": "CPU", "philox": "NV"}.get(request["noise"]),
+        "Refiner": model.get("refiner"),
+        "Refiner switch at": request.get("refine_at") if "refiner" in model else None,
         "Emphasis": "No norm" if request.get("emphasis") == "no_norm" else None,
         **{f"ControlNet {index}": _control_text(control) for index, control in enumerate(controls)},
         "Version": f"Glassine {version}",
@@ -204,6 +206,7 @@ def parse_parameters(text: str, *, name: str = "parameters") -> Record:
     request.update(_choices(fields, notices))
     size = _size(name, fields.pop("Size", None))
     hashes = {"name": fields.pop("Model", None), "sha256": fields.pop("Model hash", None)}
+    hashes["refiner"] = fields.pop("Refiner", None)
     for key in ("Version", *(key for key in fields if key.endswith(" hash"))):
         fields.pop(key, None)
     notices += [f"{name}: setting {key!r} ({value}) is not Glassine's; left out" for key, value in fields.items()]
@@ -237,6 +240,8 @@ _NUMBERS: dict[str, tuple[str, type[int] | type[float]]] = {
     "Clip skip": ("clip_skip", int),
     "Eta": ("eta", float),
     "CFG Rescale": ("guidance_rescale", float),
+    "Image CFG scale": ("image_guidance", float),
+    "Refiner switch at": ("refine_at", float),
 }
 
 

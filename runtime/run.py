@@ -239,7 +239,9 @@ class Run:
 
     def _model_record(self) -> dict[str, str]:
         manifest = self._pipe.manifest
-        model = {"name": manifest.name, "sha256": manifest.parts["unet"].source_sha256}
+        model = {"name": manifest.name}
+        if manifest.parts["unet"].source_sha256:  # what others converted does not say what it was made of
+            model["sha256"] = manifest.parts["unet"].source_sha256
         if self._pipe.refiner is not None:
             model["refiner"] = self._pipe.refiner.manifest.name
         return model
