@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,8 @@ from glassine.errors import PackageError
 
 FORMAT_VERSION = 1
 FILE_NAME = "glassine.json"
+STORE = ".glassine"  # of a model folder: what Glassine keeps for itself
+WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"  # of a package
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -115,6 +118,7 @@ class Manifest:
         Raises:
             PackageError: no such file, not JSON, unknown or missing fields, or written by a newer Glassine.
         """
+        finish_swap(folder)
         path = folder / FILE_NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -146,6 +150,32 @@ class Manifest:
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackageError(f"{path}: not a valid manifest ({error}); convert the model again") from None
+
+
+def finish_swap(folder: Path) -> None:
+    """Finish a change of weights that was interrupted after it had been decided: rename what waits into place.
+
+    `convert/swap.py` puts every new weight.bin as PACKAGE.bin, and the new manifest, into one folder and gives that
+    its name when all is there. Renaming a file that another process has renamed already is no error.
+
+    Raises:
+        PackageError: the folder cannot be written, so its parts do not fit one another.
+    """
+    waiting = folder / STORE / "swap"
+    if not waiting.is_dir():
+        return
+    try:
+        # The manifest is the last: as long as it is the old one, the change may be taken up again.
+        for file in sorted(waiting.iterdir(), key=lambda file: (file.name == FILE_NAME, file.name)):
+            target = folder / FILE_NAME if file.name == FILE_NAME else folder / file.stem / WEIGHT_FILE
+            with suppress(FileNotFoundError):
+                file.rename(target)
+        with suppress(FileNotFoundError):
+            waiting.rmdir()
+    except OSError as error:
+        raise PackageError(
+            f"{folder}: a change of its LoRAs was interrupted and cannot be finished ({error}); make it writable"
+        ) from None
 
 
 def _part(raw: dict[str, Any]) -> Part:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from glassine.convert.lora_names import Module, Spellings, split_key
 from glassine.convert.weights import Patched, WeightSource
 from glassine.errors import ConversionError
 
+Adder = Callable[[int, int, Float], None]  # adds to the rows [start, stop) of a weight, given as a matrix
 _PIECE = 1 << 20  # elements of a difference that are in memory at a time
 _OFT = ("oft_blocks", "rescale", "alpha")
 
@@ -198,18 +199,36 @@ class Lora:
             return self._with_bias(t, name, weight)
         if "oft_blocks" in t:
             return self._rotated(t, weight)
+        add = self.adder(name)
+        if add is not None:
+            _in_pieces(add, np.reshape(weight, (self.shapes[name][0], -1)))
+            return weight
         delta = self._deltas[name]
-        region = weight
-        narrower = weight.ndim == len(delta.shape) > 1 and delta.shape[1] < weight.shape[1]
-        if narrower:  # conv_in of an inpainting model: the latents' channels are the first ones
-            region = weight[:, : delta.shape[1]]
-        flat = np.ascontiguousarray(region).reshape(region.shape[0] if region.ndim else 1, -1)
-        changed = self._dora(t, delta, name, flat) if {"dora", "magnitude"} & t.roles else flat
-        if changed is flat:
-            self._add(delta, self._strength * self._scale(t, delta, name), flat)
-        if narrower or changed is not flat:
-            region[...] = changed.reshape(region.shape)
+        # conv_in of an inpainting model: the latents' channels are the first ones.
+        region = weight[:, : delta.shape[1]] if delta.shape != weight.shape else weight
+        flat = region.reshape(region.shape[0], -1)
+        if {"dora", "magnitude"} & t.roles:
+            flat = self._dora(t, delta, name, flat)
+        else:
+            flat = np.array(flat)
+            _in_pieces(self._adder(t, delta, name, self._strength), flat)
+        region[...] = flat.reshape(region.shape)
         return weight
+
+    def adder(self, name: str) -> Adder | None:
+        """Return what adds this LoRA to any rows of the weight `name`; None if it does more than add to them."""
+        t, delta = self._tensors[name], self._deltas.get(name)
+        if delta is None or {"dora", "magnitude"} & t.roles or delta.shape != self.shapes[name]:
+            return None
+        return self._adder(t, delta, name, self._strength)
+
+    def _adder(self, t: Tensors, delta: Delta, name: str, strength: float) -> Adder:
+        rows, factor = delta.open(), np.float32(strength * self._scale(t, delta, name))
+
+        def add(start: int, stop: int, matrix: Float) -> None:
+            matrix += factor * rows(start, stop)
+
+        return add
 
     def _with_bias(self, t: Tensors, name: str, bias: Float) -> Float:
         """A bias of the upper matrix counts as that matrix does: times alpha / rank."""
@@ -233,18 +252,10 @@ class Lora:
             raise ConversionError(f'{self._path}: tensor "{t.key("alpha")}" is no number: {values[:4]}')
         return float(values[0])
 
-    def _add(self, delta: Delta, factor: float, flat: Float) -> None:
-        """Add `factor` times the difference to the matrix, some rows at a time."""
-        rows = delta.open()
-        step = max(1, _PIECE // max(1, flat.shape[1]))
-        for start in range(0, len(flat), step):
-            stop = min(start + step, len(flat))
-            flat[start:stop] += np.float32(factor) * rows(start, stop)
-
     def _dora(self, t: Tensors, delta: Delta, name: str, flat: Float) -> Float:
         """W + m (V / |V| * magnitude - W) with V = W + s * delta."""
-        moved = flat.copy()
-        self._add(delta, self._scale(t, delta, name), moved)
+        moved = np.array(flat)
+        _in_pieces(self._adder(t, delta, name, 1.0), moved)
         role = "magnitude" if "magnitude" in t else "dora"
         rows, columns = _dora_sizes(delta.shape)
         # PEFT's are norms of rows. In LyCORIS' files the shape tells: (out, 1, ...) rows, (1, in, ...) columns.
@@ -263,6 +274,14 @@ class Lora:
         if "rescale" in t:
             target *= t.read("rescale").reshape(-1, 1)
         return (flat + np.float32(self._strength) * (target - flat)).reshape(weight.shape)
+
+
+def _in_pieces(add: Adder, matrix: Float) -> None:
+    """Add to a whole matrix, some rows at a time: the difference is never in memory as a whole."""
+    step = max(1, _PIECE // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        stop = min(start + step, len(matrix))
+        add(start, stop, matrix[start:stop])
 
 
 def _dora_sizes(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from glassine import __version__
 from glassine.convert.checkpoint import shorten
 from glassine.convert.digest import Files
+from glassine.convert.index import write_index
 from glassine.convert.network import Network, Size
 from glassine.convert.package import write_files
 from glassine.convert.program import Description, Lowered, Plan, Requests, lower
@@ -239,6 +240,7 @@ def write_packages(folder: Path, packages: Sequence[Planned], report: Report) ->
         twin = _twin(packages, package)
         same_as = None if twin is None else folder / twin.file
         write_files(place, package.lowered, package.weights, copied, same_as=same_as)
+        write_index(folder, package.file, package.network.role, package.lowered.plan, package.weights)
 
 
 def hashed_files(networks: Sequence[Network]) -> list[Files]:

@@ -1,0 +1,112 @@
+"""X.weights.json beside X.mlpackage: which weight lies where in its weight.bin, so that it can be changed in place.
+
+Only packages that LoRAs change have one: UNets and text encoders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from glassine.convert.program import Plan
+from glassine.convert.weights import WeightSource
+from glassine.errors import PackageError
+
+FORMAT_VERSION = 1
+SUFFIX = ".weights.json"
+_DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One record of weight.bin: `nbytes` at `offset`, the weight `name` times `scale`, in the source's `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale: float
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data, in bytes."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The weights of one package: `part` is "unet", "text_encoder" or "text_encoder_2", `size` that of weight.bin."""
+
+    package: str
+    part: str
+    size: int
+    places: tuple[Place, ...]
+
+
+def part_of(role: str) -> str | None:
+    """The part whose weights, by their names, a role's network has; None where no LoRA changes it."""
+    if role in {"text_encoder", "text_encoder_2"}:
+        return role
+    return "unet" if role == "unet" or role.endswith("_unet") else None
+
+
+def write_index(folder: Path, package: str, role: str, plan: Plan, weights: WeightSource) -> None:
+    """Write the index of `package` (its file name) into `folder`, if it is one that LoRAs change."""
+    part = part_of(role)
+    if part is None:
+        return
+    places = [
+        # A guest's own weights are called "key:name" in the plan that it shares.
+        Place(
+            weight.name.rpartition(":")[2], weights.shapes[weight.name], record.dtype, weight.scale, record.data_offset
+        )
+        for record, weight in plan.weights()
+    ]
+    index = {"format_version": FORMAT_VERSION, **asdict(Index(package, part, plan.file_size, tuple(places)))}
+    (folder / f"{Path(package).stem}{SUFFIX}").write_text(json.dumps(index) + "\n", encoding="utf-8")
+
+
+def read_indices(folder: Path) -> list[Index]:
+    """Read every index of a model folder, by package name.
+
+    Raises:
+        PackageError: an index cannot be read, or does not fit its package.
+    """
+    return [_read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+
+
+def _read(path: Path) -> Index:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("format_version") != FORMAT_VERSION:
+            raise ValueError("written by a newer Glassine")
+        places = tuple(Place(**{**place, "shape": tuple(place["shape"])}) for place in raw.pop("places"))
+        index = Index(places=places, **raw)
+        if Path(index.package).name != index.package or index.package != f"{path.name.removesuffix(SUFFIX)}.mlpackage":
+            raise ValueError(f"it is of {index.package!r}")
+        if part_of(index.part) != index.part or type(index.size) is not int:
+            raise ValueError(f"part {index.part!r}, size {index.size!r}")
+        for place in places:
+            _check(place, index.size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PackageError(f"{path}: cannot be used ({error}); convert the model again") from None
+    return index
+
+
+def _check(place: Place, size: int) -> None:
+    good = (
+        isinstance(place.name, str)
+        and place.dtype in _DTYPES
+        and all(type(length) is int and length >= 0 for length in place.shape)
+        and type(place.offset) is int
+        and 0 <= place.offset <= place.offset + place.nbytes <= size
+        and isinstance(place.scale, (int, float))
+        and math.isfinite(place.scale)
+        and place.scale != 0
+    )
+    if not good:
+        raise ValueError(f"{place} is no record of a file of {size} bytes")

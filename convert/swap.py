@@ -1,0 +1,331 @@
+"""Model folder + LoRAs -> the same folder with them in its weights, or a variant of it beside: no source, no graph.
+
+    FOLDER/Unet.weights.json              where each weight lies in Unet.mlpackage's weight.bin
+    FOLDER/.glassine/base/                weight.bin as converted, of every package that LoRAs have changed
+    FOLDER/.glassine/swap/                a change that is complete and only has to be renamed into place
+    FOLDER/.glassine/variants/            models with the LoRAs of prompts, the latest few
+
+Every change starts from the weights as converted, which stay in the folder while a LoRA is in: the checkpoint may be
+deleted, and taking all LoRAs out gives the old bytes back. A new weight.bin is a clone of that base (free on APFS, Btrfs
+and XFS, a copy elsewhere) in which the changed records alone are written anew.
+
+A change is staged, committed by one rename, and finished by renaming file after file. Killed before the commit it has not
+happened; killed after it, whoever reads the folder next finishes it (`glassine.manifest.finish_swap`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from glassine.convert.clone import clone_or_copy, link_or_copy, write_changed
+from glassine.convert.extras import file_sha256
+from glassine.convert.index import Index, read_indices
+from glassine.convert.lora import Lora, LoraFile, lora_patches
+from glassine.convert.package import check_space
+from glassine.errors import PackageError
+from glassine.manifest import FILE_NAME, STORE, WEIGHT_FILE, Manifest, MergedLora, finish_swap
+
+LORAS = "loras"  # of a model folder: its own copies of LoRA files
+_KEPT = 2  # variants
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """One weight.bin, the packages that share it, and the file with its weights as converted: itself, or one `kept`."""
+
+    packages: tuple[str, ...]
+    index: Index
+    base: Path
+    kept: bool
+
+
+class _Shapes:
+    """What `lora_patches` has to know of a part: the shapes of its weights, over all of its packages."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+
+def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
+    """Make `loras` the removable LoRAs of a model folder, in place of those it has.
+
+    Args:
+        folder: made by `glassine convert`.
+        loras: in the order they are merged; empty restores the weights as converted, byte for byte.
+
+    Returns:
+        The folder's new manifest.
+
+    Raises:
+        PackageError: the folder cannot be changed, or is being changed.
+        CheckpointError, ConversionError: a LoRA is none, or not for this model; nothing is changed.
+    """
+    with _locked(folder) as store:
+        manifest = _settled(folder, store)
+        homes = _homes(folder)
+        patches = _patches(homes, loras)
+        fixed = tuple(lora for lora in manifest.loras if not lora.removable)
+        changed = replace(manifest, loras=(*fixed, *described(loras, removable=True)))
+        parts = {home.index.part for home in homes if _is_changed(home, patches) or home.kept}
+        touched = [home for home in homes if home.index.part in parts]
+        check_space(store, sum(home.index.size for home in touched if _is_changed(home, patches)))
+        _refuse_compiled(folder, touched)
+        with _explained(folder):
+            staged = store / "swap.partial"
+            staged.mkdir()
+            for home in touched:
+                _stage(home, patches, staged)
+                _keep_base(home, store)
+            changed.write(staged)
+            staged.rename(store / "swap")  # from here on the change has happened
+            finish_swap(folder)
+            if not loras:
+                shutil.rmtree(store / "base", ignore_errors=True)
+    return changed
+
+
+def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
+    """Return a model folder with `loras` over what `folder` has, made now or before; `folder` itself stays as it is.
+
+    Raises:
+        As `change_loras`.
+    """
+    with _locked(folder) as store:
+        manifest = _settled(folder, store)
+        homes = _homes(folder)
+        have = [lora for lora in manifest.loras if lora.removable]
+        wanted = [*(LoraFile(_stored(folder, lora), lora.unet, lora.text) for lora in have), *loras]
+        place = store / "variants" / _key(homes, manifest, loras)
+        if not place.is_dir():
+            patches = _patches(homes, wanted)
+            check_space(store, sum(home.index.size for home in homes if _is_changed(home, patches)))
+            with _explained(folder):
+                partial = place.with_name(f"{place.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                _link_tree(
+                    folder, partial, [name for home in homes if _is_changed(home, patches) for name in home.packages]
+                )
+                for home in homes:
+                    if _is_changed(home, patches):
+                        _write_home(home, patches, [partial / name / WEIGHT_FILE for name in home.packages])
+                replace(manifest, loras=(*manifest.loras, *described(loras, removable=False))).write(partial)
+                partial.rename(place)
+        os.utime(place)
+        _forget_old(store / "variants")
+    return place
+
+
+def keep_file(folder: Path, file: Path) -> Path:
+    """Copy a LoRA file into the folder's `loras`, from where later changes read it; return the copy.
+
+    Raises:
+        PackageError: another file of this name lies there.
+    """
+    kept = folder / LORAS / file.name
+    if kept.exists():
+        if not kept.samefile(file) and file_sha256(kept) != file_sha256(file):
+            raise PackageError(f"{kept}: another LoRA of this name is there; rename {file}, or remove the other first")
+        return kept
+    with _explained(folder):
+        kept.parent.mkdir(exist_ok=True)
+        partial = kept.with_name(f".{kept.name}.partial")
+        partial.unlink(missing_ok=True)
+        clone_or_copy(file, partial)
+        partial.rename(kept)
+    return kept
+
+
+def applied(folder: Path, manifest: Manifest) -> list[LoraFile]:
+    """The removable LoRAs in a folder, as the files they were merged from.
+
+    Raises:
+        PackageError: a file is no longer in the folder's `loras`, or is another one now.
+    """
+    return [LoraFile(_stored(folder, lora), lora.unet, lora.text) for lora in manifest.loras if lora.removable]
+
+
+def described(loras: Sequence[LoraFile], *, removable: bool) -> tuple[MergedLora, ...]:
+    """Describe LoRAs for glassine.json."""
+    return tuple(
+        MergedLora(
+            name=file.path.stem, sha256=file_sha256(file.path), unet=file.unet, text=file.text, removable=removable
+        )
+        for file in loras
+    )
+
+
+def _stored(folder: Path, lora: MergedLora) -> Path:
+    for path in sorted((folder / LORAS).glob("*")):
+        if path.stem == lora.name and path.is_file() and file_sha256(path) == lora.sha256:
+            return path
+    raise PackageError(
+        f"{folder / LORAS}: the file of the LoRA {lora.name!r} (sha256 {lora.sha256[:12]}...) is not there any more; "
+        f"put it back, or take it out with 'glassine lora {folder} remove {lora.name}'"
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[Path]:
+    """Make the folder's store, hold its lock, and remove the store if it is empty at the end."""
+    store = folder / STORE
+    Manifest.read(folder)  # or this is no model folder, and nothing is made in it
+    with _explained(folder):
+        store.mkdir(exist_ok=True)
+        lock = os.open(store, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackageError(f"{folder}: another command is changing its LoRAs; wait for it") from None
+        (store / "variants").mkdir(exist_ok=True)
+        yield store
+    finally:
+        for place in (store / "variants", store):
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
+        os.close(lock)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename is not None else ""
+        raise PackageError(f"{folder}: its weights cannot be changed: {error.strerror}{where}") from error
+
+
+def _settled(folder: Path, store: Path) -> Manifest:
+    """Read the manifest, and clear away what an interrupted change left behind before it was decided."""
+    manifest = Manifest.read(folder)
+    shutil.rmtree(store / "swap.partial", ignore_errors=True)
+    if any(lora.removable for lora in manifest.loras):
+        if not (store / "base").is_dir():
+            raise PackageError(
+                f"{folder}: has LoRAs in its weights, and the weights as converted are gone ({store / 'base'}); "
+                "convert it again"
+            )
+    else:
+        shutil.rmtree(store / "base", ignore_errors=True)
+    return manifest
+
+
+def _homes(folder: Path) -> list[_Home]:
+    """The weight files of a folder; packages share one where it is one file, hard-linked."""
+    indices = read_indices(folder)
+    if not indices:
+        raise PackageError(
+            f"{folder}: says nothing of where its weights lie (no *.weights.json), so no LoRA can be merged into it; "
+            "convert the checkpoint again, or with --lora"
+        )
+    by_file: dict[tuple[int, int], list[Index]] = {}
+    for index in indices:
+        blob = folder / index.package / WEIGHT_FILE
+        try:
+            status = blob.stat()
+        except OSError as error:
+            raise PackageError(f"{blob}: cannot be read ({error.strerror}); convert the model again") from None
+        if status.st_size != index.size:
+            raise PackageError(f"{blob}: {status.st_size} bytes, expected {index.size}; convert the model again")
+        by_file.setdefault((status.st_dev, status.st_ino), []).append(index)
+    homes = [_home(folder, group) for group in by_file.values()]
+    kept = {home.index.part for home in homes if home.kept}
+    late = [package for home in homes if home.index.part in kept and not home.kept for package in home.packages]
+    if late:
+        raise PackageError(
+            f"{folder}: {', '.join(late)} came into the folder while LoRAs were in its weights; convert the model again"
+        )
+    return homes
+
+
+def _home(folder: Path, group: list[Index]) -> _Home:
+    packages = tuple(index.package for index in group)
+    kept = folder / STORE / "base" / f"{packages[0]}.bin"
+    if kept.is_file():
+        return _Home(packages, group[0], kept, True)
+    return _Home(packages, group[0], folder / packages[0] / WEIGHT_FILE, False)
+
+
+def _patches(homes: Sequence[_Home], loras: Sequence[LoraFile]) -> dict[str, list[Lora]]:
+    """The LoRAs as patches, by part."""
+    parts: dict[str, _Shapes] = {}
+    for home in homes:
+        shapes = parts.setdefault(home.index.part, _Shapes()).shapes
+        shapes.update({place.name: place.shape for place in home.index.places})
+    patches: dict[str, list[Lora]] = {part: [] for part in parts}
+    for file in loras:
+        for part, patch in lora_patches(file, parts).items():
+            patches[part].append(patch)
+    return patches
+
+
+def _is_changed(home: _Home, patches: Mapping[str, Sequence[Lora]]) -> bool:
+    names = {place.name for place in home.index.places}
+    return any(not names.isdisjoint(patch.shapes) for patch in patches[home.index.part])
+
+
+def _stage(home: _Home, patches: Mapping[str, Sequence[Lora]], staged: Path) -> None:
+    """Put the home's next weight.bin under the name of each of its packages."""
+    targets = [staged / f"{package}.bin" for package in home.packages]
+    if _is_changed(home, patches):
+        _write_home(home, patches, targets)
+    else:
+        for target in targets:
+            link_or_copy(home.base, target)
+
+
+def _write_home(home: _Home, patches: Mapping[str, Sequence[Lora]], targets: Sequence[Path]) -> None:
+    write_changed(home.base, targets[0], home.index.places, patches[home.index.part])
+    for target in targets[1:]:
+        link_or_copy(targets[0], target)
+
+
+def _keep_base(home: _Home, store: Path) -> None:
+    """Keep the weights as converted under the name of each package: links may be lost when a folder is copied."""
+    (store / "base").mkdir(exist_ok=True)
+    for package in home.packages:
+        kept = store / "base" / f"{package}.bin"
+        if not kept.exists():
+            link_or_copy(home.base, kept)
+
+
+def _refuse_compiled(folder: Path, homes: Sequence[_Home]) -> None:
+    for home in homes:
+        for package in home.packages:
+            compiled = folder / f"{Path(package).stem}.mlmodelc"
+            if compiled.exists():
+                raise PackageError(f"{compiled}: was compiled from the weights as they are now; delete it first")
+
+
+def _key(homes: Sequence[_Home], manifest: Manifest, loras: Sequence[LoraFile]) -> str:
+    """A name for base weights, LoRAs and strengths, in this order."""
+    states = [(home.packages, home.index.size, home.base.stat().st_mtime_ns) for home in homes]
+    merged = [(lora.sha256, lora.unet, lora.text) for lora in (*manifest.loras, *described(loras, removable=False))]
+    return hashlib.sha256(json.dumps([states, merged]).encode()).hexdigest()[:16]
+
+
+def _link_tree(folder: Path, copy: Path, changed: Sequence[str]) -> None:
+    """Link every file of the model into `copy`, but for the weights of the `changed` packages and the manifest."""
+    compiled = {f"{Path(package).stem}.mlmodelc" for package in changed}
+    for source in sorted(folder.rglob("*")):
+        inside = source.relative_to(folder)
+        if inside.parts[0] in {STORE, LORAS, FILE_NAME, *compiled}:
+            continue
+        if source.is_dir():
+            (copy / inside).mkdir(parents=True)
+        elif inside.parts[0] not in changed or inside.relative_to(inside.parts[0]) != Path(WEIGHT_FILE):
+            link_or_copy(source, copy / inside)
+
+
+def _forget_old(variants: Path) -> None:
+    """Keep the variants that were used last."""
+    for old in sorted(variants.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)[_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
