@@ -29,10 +29,12 @@ from glassine.runtime.control import Control
 from glassine.runtime.control_pictures import with_controls
 from glassine.runtime.decode import CELL, SD1_PREVIEW, measure_preview
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
+from glassine.runtime.engine.compose import Chain, Renamed
 from glassine.runtime.image import Source
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.latents import encode_image
 from glassine.runtime.layer_run import LayerRun
+from glassine.runtime.prompt import NetworkTag, without_tags
 from glassine.runtime.request import DEFAULT_STRENGTH, Request
 from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
@@ -42,6 +44,7 @@ Float = NDArray[np.float32]
 Output = Literal["pil", "numpy", "latent"]
 T = TypeVar("T")
 
+SD1_LATENT_SCALE = 0.18215
 SD1_DECODER_PARAMETERS = 49_490_199  # a decoder of this size is taken for Stable Diffusion's own
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # in the order in which the UNet reads what they make
 _REMEMBERED = 8  # prompts and source pictures whose encodings are kept
@@ -169,8 +172,25 @@ class Pipeline:
         """
         key = role if size is None else f"{role} {_spelled(size)}"
         if key not in self._engines:
-            self._engines[key] = open_engine(self.folder / self._part(role, size).file, self._options)
+            self._engines[key] = self._open(self._part(role, size))
         return self._engines[key]
+
+    def _open(self, part: Part) -> Engine:
+        """Open the package of a part, or the chunks it is cut into, under Glassine's names."""
+        stages = []
+        for file in part.about.get("chunks", (part.file,)):
+            if Path(file).name != file:  # a manifest is untrusted
+                raise PackageError(f"{self.folder}: {file!r} is not a plain file name; convert the model again")
+            function = part.about.get("function")
+            path = self.folder / file
+            stages.append(
+                open_engine(path, self._options)
+                if function is None
+                else open_engine(path, self._options, function=function)
+            )
+        engine = stages[0] if len(stages) == 1 else Chain(stages)
+        names = part.about.get("names")
+        return engine if names is None else Renamed(engine, names["inputs"], names["outputs"])
 
     def package(self, path: Path) -> Engine:
         """Return the engine of a package beside the folder, such as another model's control net; loaded on first use.
@@ -206,6 +226,7 @@ class Pipeline:
 
     def encode(self, text: str, request: Request) -> EncodedPrompt:
         """Return the text as the UNet reads it; remembered, so that a change of seed or map costs nothing."""
+        text = without_tags(text, [NetworkTag(lora.name, lora.unet, lora.text) for lora in self.manifest.loras])
         own_skip = self.manifest.clip_skip
         clip_skip = request.clip_skip if request.clip_skip is not None else own_skip
 
@@ -247,7 +268,8 @@ class Pipeline:
     def preview_matrix(self) -> Float:
         """Return the (5, 3) matrix from latents to colours: Stable Diffusion's, or one measured on this model's VAE."""
         part = self.manifest.part("vae_decoder", self.size)
-        if part is None or part.parameters == SD1_DECODER_PARAMETERS:
+        known = self.manifest.latent_scale == SD1_LATENT_SCALE  # SDXL's decoder has as many parameters
+        if part is None or (part.parameters == SD1_DECODER_PARAMETERS and known):
             return SD1_PREVIEW
         if self._preview_matrix is None:
             width, height = self.size

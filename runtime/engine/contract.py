@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from glassine.errors import EngineError, MissingDependency, PackageError
 
+COMPILED = ".mlmodelc"  # the ending of what Core ML has compiled
 EngineName = Literal["auto", "coreml", "portable"]
 ComputeUnits = Literal["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]
 Precision = Literal["fp32", "fp16"]
@@ -107,8 +108,11 @@ def check_inputs(
     return checked
 
 
-def open_engine(package: Path | str, options: EngineOptions | None = None) -> Engine:
-    """Load one .mlpackage on the engine that `options` ask for.
+def open_engine(package: Path | str, options: EngineOptions | None = None, *, function: str | None = None) -> Engine:
+    """Load one .mlpackage, or on a Mac one .mlmodelc, on the engine that `options` ask for.
+
+    Args:
+        function: of a package that has several; None is its default one.
 
     Raises:
         PackageError: there is no package at this path.
@@ -117,7 +121,8 @@ def open_engine(package: Path | str, options: EngineOptions | None = None) -> En
     """
     options = options or EngineOptions()
     package = Path(package)
-    if not (package / "Manifest.json").is_file():
+    compiled = package.suffix == COMPILED and (package / "coremldata.bin").is_file()
+    if not (compiled or (package / "Manifest.json").is_file()):
         raise PackageError(f"{package}: not a model package (no Manifest.json); convert one with 'glassine convert'")
     name = options.engine
     if name == "auto":
@@ -125,9 +130,14 @@ def open_engine(package: Path | str, options: EngineOptions | None = None) -> En
     if name == "coreml":
         from glassine.runtime.engine.coreml import CoreMLEngine
 
-        return CoreMLEngine(package, compute_units=options.compute_units)
+        return CoreMLEngine(package, compute_units=options.compute_units, function=function)
+    if compiled:
+        raise EngineError(
+            f"{package}: compiled for Core ML, which is macOS's; elsewhere take the model's .mlpackage, "
+            "or convert the checkpoint with 'glassine convert'"
+        )
     if importlib.util.find_spec("torch") is None:
         raise MissingDependency("the portable engine needs PyTorch; install it with: pip install 'glassine[portable]'")
     from glassine.runtime.engine.portable.executor import PortableEngine
 
-    return PortableEngine(package, device=options.device, precision=options.precision)
+    return PortableEngine(package, device=options.device, precision=options.precision, function=function)

@@ -1,4 +1,4 @@
-"""Runs a package with Core ML, through coremltools' own compile_model and CompiledMLModel.
+"""Runs a package, or a model compiled before, with Core ML: coremltools' own compile_model and CompiledMLModel.
 
 package -> compiled folder -> CompiledMLModel on the compute units asked for -> float32 arrays
 """
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError
-from glassine.runtime.engine.contract import ComputeUnits, Realised, TensorSpec, check_inputs
-from glassine.runtime.engine.portable.program import read_package
+from glassine.runtime.engine.compiled import read_interface
+from glassine.runtime.engine.contract import COMPILED, ComputeUnits, Realised, TensorSpec, check_inputs
 
 _UNITS: dict[str, str] = {
     "all": "ALL",
@@ -46,9 +46,9 @@ class CoreMLEngine:
         """
         started = time.perf_counter()
         self._package = Path(package)
-        entry = read_package(self._package).function(function)
-        self.inputs: Mapping[str, TensorSpec] = {f.name: TensorSpec(f.name, f.shape, f.dtype) for f in entry.inputs}
-        self.outputs: Mapping[str, TensorSpec] = {f.name: TensorSpec(f.name, f.shape, f.dtype) for f in entry.outputs}
+        interface = read_interface(self._package, function)
+        self.inputs: Mapping[str, TensorSpec] = interface.inputs
+        self.outputs: Mapping[str, TensorSpec] = interface.outputs
         models = _coreml_models(self._package)
         self._scratch = Path(tempfile.mkdtemp(prefix="glassine_coreml_"))
         try:
@@ -92,6 +92,8 @@ class CoreMLEngine:
 
 def compiled_model(package: Path, scratch: Path) -> Path:
     """Return the .mlmodelc of a package. The seam of the compile cache: today it is compiled at every load."""
+    if package.suffix == COMPILED:
+        return package
     from coremltools.models.utils import compile_model
 
     return Path(compile_model(str(package), str(scratch / f"{package.stem}.mlmodelc")))

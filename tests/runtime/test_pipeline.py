@@ -78,7 +78,7 @@ def test_outputs(pipe):
 
 
 def test_an_unknown_setting_is_refused_by_name(pipe):
-    with pytest.raises(TypeError, match="cfg_scale"):
+    with pytest.raises(RequestError, match="cfg_scale"):
         pipe("a cat", cfg_scale=7)
 
 
