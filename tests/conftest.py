@@ -28,6 +28,12 @@ def checkpoints() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def controls() -> ModuleType:
+    """tests/support/controls.py: shapes of random control networks."""
+    return load_support("controls")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(checkpoints, tmp_path_factory) -> Path:
     """A whole SD 1.x single file with small networks and random fp16 weights; read only."""
     return checkpoints.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
