@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,8 +156,9 @@ class Manifest:
 def finish_swap(folder: Path) -> None:
     """Finish a change of weights that was interrupted after it had been decided: rename what waits into place.
 
-    `convert/swap.py` puts every new weight.bin as PACKAGE.bin, and the new manifest, into one folder and gives that
-    its name when all is there. Renaming a file that another process has renamed already is no error.
+    `convert/swap.py` puts every new weight.bin as PACKAGE.bin, whatever else is new (whole packages too), and the new
+    manifest, into one folder and gives that its name when all is there. Renaming a file that another process has
+    renamed already is no error.
 
     Raises:
         PackageError: the folder cannot be written, so its parts do not fit one another.
@@ -167,8 +169,10 @@ def finish_swap(folder: Path) -> None:
     try:
         # The manifest is the last: as long as it is the old one, the change may be taken up again.
         for file in sorted(waiting.iterdir(), key=lambda file: (file.name == FILE_NAME, file.name)):
-            target = folder / FILE_NAME if file.name == FILE_NAME else folder / file.stem / WEIGHT_FILE
+            target = folder / file.stem / WEIGHT_FILE if file.suffix == ".bin" else folder / file.name
             with suppress(FileNotFoundError):
+                if file.is_dir():  # a package takes the place of an old one
+                    shutil.rmtree(target, ignore_errors=True)
                 file.rename(target)
         with suppress(FileNotFoundError):
             waiting.rmdir()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glassine.commands.further import check_places, further_of, further_options
 from glassine.commands.lora import extras_of, extras_options
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.argument("out", type=FOLDER)
+@click.argument("out", type=FOLDER, required=False)
 @click.option(
     "--part",
     type=click.Choice(["unet", "vae", "vae_encoder", "vae_decoder", "text_encoder", "text_encoder_2"]),
@@ -78,29 +79,36 @@ if TYPE_CHECKING:
 )
 @click.option("--tokenizer", type=FOLDER, help="vocab.json and merges.txt, for a vocabulary other than CLIP's.")
 @extras_options
+@further_options
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @overwrite
 @as_json
-def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
-    """Convert a checkpoint into a model folder.
+def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **asked: Any) -> None:
+    """Convert a checkpoint into a model folder, or add networks to one.
 
     SOURCE is a .safetensors file or a diffusers folder; OUT becomes a folder of .mlpackage files. Needs no network, no
-    torch and less than 200 MB of memory, and takes seconds.
+    torch and less than 200 MB of memory, and takes seconds. With --base, SOURCE is a file that adds to that folder.
 
     \b
     Example:
       glassine convert dreamshaper_8.safetensors dreamshaper
       glassine convert dreamshaper_8.safetensors ink --lora ink.safetensors=0.8 --lora lcm.safetensors
       glassine convert unet.safetensors parts --part unet --size 768x512 --attention einsum
+      glassine convert vae_transparent_decoder.safetensors --base dreamshaper
     """
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
     from glassine.convert.imports import import_coremltools
 
+    check_places(base, out, asked)
     import_coremltools()
+    if base is not None:
+        _add(source, base, as_json, asked)
+        return
+    assert out is not None
     asked["tokens"] = int(asked["tokens"])
     if asked["layout"] is None:
         asked["layout"] = "channels_first" if asked["attention"] == "split" else "channels_last"
-    options = ConvertOptions(extras=extras_of(asked), **asked)
+    options = ConvertOptions(extras=extras_of(asked), further=further_of(asked), **asked)
     with bar("reading") as advance:
         manifest = convert_checkpoint(
             source, out, options, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}")
@@ -110,6 +118,20 @@ def convert(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
         say("\n".join(decisions(manifest.decided)))
     parts = {role: part.file for role, part in manifest.parts.items()}
     give({"folder": str(out), "parts": parts, "decided": manifest.decided}, str(out), as_json)
+
+
+def _add(source: Path, base: Path, as_json: bool, asked: dict[str, Any]) -> None:
+    """Add the networks of one file to a folder."""
+    from glassine.convert.addition import add_networks
+
+    further = further_of({**asked, "transparent": (str(source),)})
+    how = {"overwrite": asked["overwrite"], "dry_run": asked["dry_run"]}
+    with bar("reading") as advance:
+        manifest = add_networks(base, further, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}"), **how)
+    if not as_json:
+        say(f"{manifest.name}: {manifest.family}, {manifest.width}x{manifest.height}, {', '.join(manifest.parts)}")
+    parts = {role: part.file for role, part in manifest.parts.items()}
+    give({"folder": str(base), "parts": parts}, str(base), as_json)
 
 
 def decisions(decided: Mapping[str, str]) -> list[str]:

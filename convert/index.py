@@ -23,13 +23,17 @@ _DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One record of weight.bin: `nbytes` at `offset`, the weight `name` times `scale`, in the source's `shape`."""
+    """One record of weight.bin: `nbytes` at `offset`, the weight `name` times `scale`, in the source's `shape`.
+
+    owner: the key of a network that lives beside the file's own and has this weight for itself.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     scale: float
     offset: int
+    owner: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -59,15 +63,18 @@ def write_index(folder: Path, package: str, role: str, plan: Plan, weights: Weig
     part = part_of(role)
     if part is None:
         return
-    places = [
-        # A guest's own weights are called "key:name" in the plan that it shares.
-        Place(
-            weight.name.rpartition(":")[2], weights.shapes[weight.name], record.dtype, weight.scale, record.data_offset
-        )
-        for record, weight in plan.weights()
-    ]
-    index = {"format_version": FORMAT_VERSION, **asdict(Index(package, part, plan.file_size, tuple(places)))}
-    (folder / f"{Path(package).stem}{SUFFIX}").write_text(json.dumps(index) + "\n", encoding="utf-8")
+    places = []
+    for record, weight in plan.weights():
+        owner, _, name = weight.name.rpartition(":")  # a guest's own weights are called "key:name"
+        shape = weights.shapes[weight.name]
+        places.append(Place(name, shape, record.dtype, weight.scale, record.data_offset, owner))
+    save_index(folder, Index(package, part, plan.file_size, tuple(places)))
+
+
+def save_index(folder: Path, index: Index) -> None:
+    """Write an index into `folder`."""
+    raw = {"format_version": FORMAT_VERSION, **asdict(index)}
+    (folder / f"{Path(index.package).stem}{SUFFIX}").write_text(json.dumps(raw) + "\n", encoding="utf-8")
 
 
 def read_indices(folder: Path) -> list[Index]:
@@ -100,6 +107,7 @@ def _read(path: Path) -> Index:
 def _check(place: Place, size: int) -> None:
     good = (
         isinstance(place.name, str)
+        and isinstance(place.owner, str)
         and place.dtype in _DTYPES
         and all(type(length) is int and length >= 0 for length in place.shape)
         and type(place.offset) is int

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import open_weights
+from glassine.convert.clone import clone_or_copy, link_or_copy
 from glassine.convert.program import BLOB_DTYPES, Lowered, Plan, Record, Weight
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError, PackageError
@@ -119,12 +120,21 @@ def write_weights(path: Path, plan: Plan, weights: WeightSource, copied: Copied 
     """Write weight.bin: the blob file that the offsets of `plan` point into.
 
     Records are independent, so a few threads write them side by side: reading, checking and writing all happen outside
-    of the interpreter's lock.
+    of the interpreter's lock. A plan that continues an existing file takes its bytes from there; one that adds nothing
+    to it is that file.
     """
-    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(_WRITERS) as pool:
+    before = 0
+    if plan.onto is not None:
+        if not plan.records:
+            link_or_copy(plan.onto, path)
+            return
+        clone_or_copy(plan.onto, path)
+        with plan.onto.open("rb") as existing:
+            (before,) = struct.unpack("<I", existing.read(4))
+    with path.open("xb" if plan.onto is None else "r+b", buffering=0) as file, ThreadPoolExecutor(_WRITERS) as pool:
         out = file.fileno()
         os.ftruncate(out, plan.file_size)
-        _put(out, struct.pack("<II7Q", len(plan.records), 2, *[0] * 7), 0)
+        _put(out, struct.pack("<II7Q", before + len(plan.records), 2, *[0] * 7), 0)
         jobs = [pool.submit(_write_record, out, record, weights) for record in _in_source_order(plan, weights)]
         try:
             for job in jobs:

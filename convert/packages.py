@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -89,11 +90,25 @@ class Planned:
         return self.network.key if self.network.beside is None else self.network.beside
 
 
-def plan_packages(networks: Sequence[Network], sizes: Sequence[Size], name: str, report: Report) -> list[Planned]:
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A network whose packages exist already: its weights, and the plan that continues its weight.bin of a size."""
+
+    weights: WeightSource
+    plan: Callable[[Size], Plan]
+
+
+def plan_packages(
+    networks: Sequence[Network],
+    sizes: Sequence[Size],
+    name: str,
+    report: Report,
+    hosts: Mapping[str, Host] = MappingProxyType({}),
+) -> list[Planned]:
     """Write every graph and hold it against the weights; nothing is on disk yet.
 
     Args:
-        networks: a network that lives beside another one comes after it.
+        networks: a network that lives beside another one comes after it, or that one is among the `hosts`.
         sizes: of the folder, its own first.
         name: of the model.
         report: called before each graph.
@@ -103,7 +118,7 @@ def plan_packages(networks: Sequence[Network], sizes: Sequence[Size], name: str,
     """
     jobs = [(network, size) for network in networks for size in (sizes if network.sizes is None else network.sizes)]
     plans: dict[tuple[str, Size], Plan] = {}
-    homes = _homes(networks)
+    homes = _homes(networks, hosts)
     asked: dict[int, set[str]] = {}
     packages = []
     for i, (network, size) in enumerate(jobs):
@@ -114,7 +129,9 @@ def plan_packages(networks: Sequence[Network], sizes: Sequence[Size], name: str,
             program = network.write(requests, size)
             requests.check(str(network.source.path))
             home = network.key if network.beside is None else network.beside
-            lowered = lower(program, _description(network, name), plans.setdefault((home, size), Plan()))
+            if (home, size) not in plans:
+                plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
+            lowered = lower(program, _description(network, name), plans[home, size])
         asked.setdefault(id(network.weights), set()).update(requests.asked)
         packages.append(Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home]))
     for network in networks:
@@ -166,11 +183,12 @@ class _Home:
         return source.origin(rest)
 
 
-def _homes(networks: Sequence[Network]) -> dict[str, WeightSource]:
+def _homes(networks: Sequence[Network], hosts: Mapping[str, Host]) -> dict[str, WeightSource]:
+    own = {network.key: network.weights for network in networks if network.beside is None}
+    own |= {key: host.weights for key, host in hosts.items() if any(guest.beside == key for guest in networks)}
     return {
-        host.key: _Home(host.weights, {guest.key: guest.weights for guest in networks if guest.beside == host.key})
-        for host in networks
-        if host.beside is None
+        key: _Home(weights, {guest.key: guest.weights for guest in networks if guest.beside == key})
+        for key, weights in own.items()
     }
 
 
@@ -204,9 +222,15 @@ def _description(network: Network, name: str) -> Description:
 def bytes_needed(packages: Sequence[Planned]) -> int:
     """What the packages take on a disk with hard links."""
     return sum(
-        len(package.lowered.model) + (package.lowered.plan.file_size if _twin(packages, package) is None else 0)
+        len(package.lowered.model) + (package.lowered.plan.file_size if _is_written(packages, package) else 0)
         for package in packages
     )
+
+
+def _is_written(packages: Sequence[Planned], package: Planned) -> bool:
+    """Whether its weight.bin is a new file, not a link to one that is there or that comes before it."""
+    plan = package.lowered.plan
+    return _twin(packages, package) is None and (plan.onto is None or bool(plan.records))
 
 
 def _twin(packages: Sequence[Planned], package: Planned) -> Planned | None:

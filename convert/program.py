@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -141,10 +142,19 @@ class Record:
 
 @dataclass(slots=True)
 class Plan:
-    """What weight.bin will hold, record by record, in ascending order."""
+    """What weight.bin will hold, record by record, in ascending order.
+
+    onto: an existing weight.bin that this one continues; `begin` is its size, and `records` are only those behind it.
+    """
 
     records: list[Record] = field(default_factory=list)
+    onto: Path | None = None
+    begin: int = ALIGNMENT
     _offsets: dict[tuple[object, ...], int] = field(default_factory=dict, repr=False, compare=False)
+
+    def know(self, weight: Weight, offset: int) -> None:
+        """Note that a weight is in the existing file, in the record at `offset`, and need not be stored again."""
+        self._offsets.setdefault((weight.name, weight.scale, weight.dtype), offset)
 
     def place(self, content: Weight | bytes, shape: tuple[int, ...], dtype: str) -> int:
         """Return the offset of this content, giving it the next free one if it is new.
@@ -161,15 +171,12 @@ class Plan:
     @property
     def end(self) -> int:
         """The next free offset, a multiple of 64."""
-        if not self.records:
-            return ALIGNMENT
-        last = self.records[-1]
-        return -(-(last.data_offset + last.nbytes) // ALIGNMENT) * ALIGNMENT
+        return -(-self.file_size // ALIGNMENT) * ALIGNMENT
 
     @property
     def file_size(self) -> int:
         """Size of weight.bin: the last record is not padded."""
-        return self.records[-1].data_offset + self.records[-1].nbytes if self.records else ALIGNMENT
+        return self.records[-1].data_offset + self.records[-1].nbytes if self.records else self.begin
 
     def weights(self) -> Iterator[tuple[Record, Weight]]:
         """The records that come from the source."""

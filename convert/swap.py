@@ -6,11 +6,11 @@
     FOLDER/.glassine/variants/            models with the LoRAs of prompts, the latest few
 
 Every change starts from the weights as converted, which stay in the folder while a LoRA is in: the checkpoint may be
-deleted, and taking all LoRAs out gives the old bytes back. A new weight.bin is a clone of that base (free on APFS, Btrfs
-and XFS, a copy elsewhere) in which the changed records alone are written anew.
+deleted, and taking all LoRAs out gives the old bytes back. A new weight.bin is a clone of that base (free on APFS,
+Btrfs and XFS, a copy elsewhere) in which the changed records alone are written anew.
 
-A change is staged, committed by one rename, and finished by renaming file after file. Killed before the commit it has not
-happened; killed after it, whoever reads the folder next finishes it (`glassine.manifest.finish_swap`).
+A change is staged, committed by one rename, and finished by renaming file after file. Killed before the commit it has
+not happened; killed after it, whoever reads the folder next finishes it (`glassine.manifest.finish_swap`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
         PackageError: the folder cannot be changed, or is being changed.
         CheckpointError, ConversionError: a LoRA is none, or not for this model; nothing is changed.
     """
-    with _locked(folder) as store:
+    with locked(folder) as store:
         manifest = _settled(folder, store)
         homes = _homes(folder)
         patches = _patches(homes, loras)
@@ -78,7 +78,7 @@ def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
         touched = [home for home in homes if home.index.part in parts]
         check_space(store, sum(home.index.size for home in touched if _is_changed(home, patches)))
         _refuse_compiled(folder, touched)
-        with _explained(folder):
+        with explained(folder):
             staged = store / "swap.partial"
             staged.mkdir()
             for home in touched:
@@ -98,7 +98,7 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
     Raises:
         As `change_loras`.
     """
-    with _locked(folder) as store:
+    with locked(folder) as store:
         manifest = _settled(folder, store)
         homes = _homes(folder)
         have = [lora for lora in manifest.loras if lora.removable]
@@ -106,16 +106,15 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
         place = store / "variants" / _key(homes, manifest, loras)
         if not place.is_dir():
             patches = _patches(homes, wanted)
-            check_space(store, sum(home.index.size for home in homes if _is_changed(home, patches)))
-            with _explained(folder):
+            changed = [home for home in homes if _is_changed(home, patches)]
+            check_space(store, sum(home.index.size for home in changed))
+            with explained(folder):
                 partial = place.with_name(f"{place.name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
-                _link_tree(
-                    folder, partial, [name for home in homes if _is_changed(home, patches) for name in home.packages]
-                )
-                for home in homes:
-                    if _is_changed(home, patches):
-                        _write_home(home, patches, [partial / name / WEIGHT_FILE for name in home.packages])
+                partial.mkdir()
+                _link_tree(folder, partial, [name for home in changed for name in home.packages])
+                for home in changed:
+                    _write_home(home, patches, [partial / name / WEIGHT_FILE for name in home.packages])
                 replace(manifest, loras=(*manifest.loras, *described(loras, removable=False))).write(partial)
                 partial.rename(place)
         os.utime(place)
@@ -134,7 +133,7 @@ def keep_file(folder: Path, file: Path) -> Path:
         if not kept.samefile(file) and file_sha256(kept) != file_sha256(file):
             raise PackageError(f"{kept}: another LoRA of this name is there; rename {file}, or remove the other first")
         return kept
-    with _explained(folder):
+    with explained(folder):
         kept.parent.mkdir(exist_ok=True)
         partial = kept.with_name(f".{kept.name}.partial")
         partial.unlink(missing_ok=True)
@@ -173,18 +172,18 @@ def _stored(folder: Path, lora: MergedLora) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[Path]:
+def locked(folder: Path) -> Iterator[Path]:
     """Make the folder's store, hold its lock, and remove the store if it is empty at the end."""
     store = folder / STORE
     Manifest.read(folder)  # or this is no model folder, and nothing is made in it
-    with _explained(folder):
+    with explained(folder):
         store.mkdir(exist_ok=True)
         lock = os.open(store, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PackageError(f"{folder}: another command is changing its LoRAs; wait for it") from None
+            raise PackageError(f"{folder}: another command is changing it; wait for it") from None
         (store / "variants").mkdir(exist_ok=True)
         yield store
     finally:
@@ -195,12 +194,13 @@ def _locked(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
+    """Say of which folder an error of the disk is (PackageError)."""
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename is not None else ""
-        raise PackageError(f"{folder}: its weights cannot be changed: {error.strerror}{where}") from error
+        raise PackageError(f"{folder}: cannot be changed: {error.strerror}{where}") from error
 
 
 def _settled(folder: Path, store: Path) -> Manifest:
@@ -326,6 +326,8 @@ def _link_tree(folder: Path, copy: Path, changed: Sequence[str]) -> None:
 
 
 def _forget_old(variants: Path) -> None:
-    """Keep the variants that were used last."""
-    for old in sorted(variants.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)[_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    """Keep the variants that were used last; what a killed command left half-made goes too."""
+    made = [path for path in variants.iterdir() if path.suffix != ".partial"]
+    kept = sorted(made, key=lambda path: path.stat().st_mtime_ns, reverse=True)[:_KEPT]
+    for path in set(variants.iterdir()) - set(kept):
+        shutil.rmtree(path, ignore_errors=True)

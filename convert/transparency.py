@@ -107,11 +107,12 @@ class TransparentFile:
     offset_scale: float | None = None
 
     @classmethod
-    def parse(cls, words: str) -> TransparentFile:
-        """Read `FILE` or `KIND=FILE`, such as `fg2bg=layers.safetensors`."""
+    def parse(cls, words: str, *, strength: float = 1.0, offset_scale: float | None = None) -> TransparentFile:
+        """Read `FILE` or `KIND=FILE`, such as `fg2bg=layers.safetensors`; the strength is for patches of SDXL alone."""
         kind, equals, file = words.partition("=")
-        named = next((known for known in KINDS if known == kind), None)
-        return cls(path=Path(file), kind=named) if equals and named is not None else cls(path=Path(words))
+        named = next((known for known in KINDS if known == kind), None) if equals else None
+        path = Path(words if named is None else file)
+        return cls(path=path, kind=named, strength=strength, offset_scale=offset_scale)
 
 
 def transparent_networks(files: Sequence[TransparentFile], base: Base) -> list[Network]:

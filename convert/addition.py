@@ -1,0 +1,249 @@
+"""A model folder + further files -> the same folder with their networks in it: no checkpoint is needed.
+
+What the networks have to fit is read back: the descriptions and options from glassine.json, the UNet's weights out of
+its own weight.bin, by its index. A network that lives beside the UNet continues that file: the old packages are linked
+to the longer one, in which their records are where they were.
+
+All is staged in the folder's store and swapped in at once, the manifest last (`convert/swap.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.convert.checkpoint import Checkpoint
+from glassine.convert.clone import link_or_copy
+from glassine.convert.digest import Files, digests
+from glassine.convert.index import Index, Place, read_indices, save_index
+from glassine.convert.network import Base, ConvertOptions, Further, Network, Size
+from glassine.convert.package import check_space
+from glassine.convert.packages import (
+    Host,
+    Planned,
+    Report,
+    bytes_needed,
+    hashed_files,
+    parts,
+    plan_packages,
+    write_packages,
+)
+from glassine.convert.program import Plan, Weight
+from glassine.convert.swap import explained, locked
+from glassine.convert.weights import Span
+from glassine.errors import ConversionError, PackageError
+from glassine.manifest import WEIGHT_FILE, Manifest, Part, finish_swap
+from glassine.models.config import SD2_BASE, SD15, SDXL, UNetConfig, restored
+
+_FAMILIES = {family.name: family for family in (SD15, SD2_BASE, SDXL)}
+
+
+def add_networks(
+    folder: Path,
+    further: Sequence[Further],
+    report: Report,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Manifest:
+    """Add networks to a model folder: all of them, or none.
+
+    Args:
+        folder: made by `convert_checkpoint`.
+        further: each lists networks for the base it is given. One that lives beside another and is in the folder
+            already (a UNet that takes what control networks give) is left as it is.
+        report: called often, from this thread.
+        overwrite: a network that is in the folder already is replaced.
+        dry_run: check everything and write nothing.
+
+    Returns:
+        The folder's new manifest.
+
+    Raises:
+        PackageError: the folder cannot be changed, or has such a network.
+        CheckpointError, ConversionError: a file is none of those, is damaged, or does not fit the model.
+    """
+    with locked(folder) as store:
+        manifest = Manifest.read(folder)
+        removable = [lora.name for lora in manifest.loras if lora.removable]
+        if removable:
+            raise PackageError(
+                f"{folder}: has LoRAs in its weights ({', '.join(removable)}), which new parts would keep for ever; "
+                f"take them out first: glassine lora {folder} remove {removable[0]}"
+            )
+        base = _base(folder, manifest)
+        networks = _new(folder, manifest, [network for listed in further for network in listed(base)], overwrite)
+        hosts = {"unet": Host(base.unet, base.unet.plan)} if isinstance(base.unet, PackagedWeights) else {}
+        with digests(hashed_files(networks), skip=dry_run) as digest:
+            packages = plan_packages(networks, manifest.sizes, manifest.name, report, hosts)
+            if dry_run:
+                return _manifest(manifest, packages, {}, base)
+            with explained(folder):
+                staged = store / "swap.partial"
+                shutil.rmtree(staged, ignore_errors=True)
+                staged.mkdir()
+                check_space(staged, bytes_needed(packages))
+                write_packages(staged, packages, report)
+                _continue_indices(folder, staged, packages)
+                changed = _manifest(manifest, packages, digest(), base)
+                changed.write(staged)
+                staged.rename(store / "swap")
+                finish_swap(folder)
+    return changed
+
+
+def _base(folder: Path, manifest: Manifest) -> Base:
+    """What the folder's own UNet is, for others to fit."""
+    unet = manifest.parts.get("unet")
+    if unet is None:
+        raise PackageError(f"{folder}: has no UNet, which further networks would have to fit")
+    if manifest.family not in _FAMILIES:
+        raise PackageError(f"{folder}: is of the family {manifest.family}, for which there are no further networks")
+    options = ConvertOptions(
+        sizes=manifest.sizes,
+        batch=manifest.batch,
+        tokens=manifest.tokens,
+        attention=unet.attention if unet.attention is not None else "split",  # type: ignore[arg-type]
+        layout=unet.layout if unet.layout is not None else "channels_first",  # type: ignore[arg-type]
+        name=manifest.name,
+    )
+    return Base(
+        family=replace(
+            _FAMILIES[manifest.family],
+            unet=restored(UNetConfig, unet.config),
+            latent_scale=manifest.latent_scale,
+            prediction=manifest.prediction_type,
+        ),
+        unet=PackagedWeights(folder, manifest),
+        source=Checkpoint(path=folder / unet.file, tensors={}),
+        files=(),
+        options=options,
+    )
+
+
+class PackagedWeights:
+    """The UNet's weights as they lie in a folder's weight.bin, without the factors that were folded into them."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder, self._manifest = folder, manifest
+
+    @cached_property
+    def _indices(self) -> Mapping[str, Index]:
+        return {index.package: index for index in read_indices(self._folder)}
+
+    def _part(self, size: Size) -> Part:
+        part = self._manifest.part("unet", size)
+        assert part is not None  # sizes are those of UNets
+        if part.palette is not None or part.about.get("chunks") or part.file not in self._indices:
+            raise PackageError(
+                f"{self._folder / part.file}: its weights cannot be read back (palettes, chunks, or no index of them); "
+                "convert the checkpoint again, with this file beside it"
+            )
+        return part
+
+    def file(self, size: Size) -> Path:
+        """The weight.bin of a size."""
+        return self._folder / self._part(size).file / WEIGHT_FILE
+
+    def index(self, size: Size) -> Index:
+        """The index of a size."""
+        return self._indices[self._part(size).file]
+
+    @cached_property
+    def _places(self) -> Mapping[str, Place]:
+        return {place.name: place for place in self.index(self._manifest.sizes[0]).places if not place.owner}
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every weight and its shape."""
+        return {name: place.shape for name, place in self._places.items()}
+
+    def plan(self, size: Size) -> Plan:
+        """A plan that continues the weight.bin of a size."""
+        path = self.file(size)
+        known = next((other for other in map(self.file, self._manifest.sizes) if other.samefile(path)), path)
+        plan = Plan(onto=known, begin=self.index(size).size)
+        for name, place in self._places.items():
+            weight = Weight(name, place.shape, place.scale, "float32" if place.dtype == "float32" else "float16")
+            plan.know(weight, place.offset - 64)
+        return plan
+
+    def span(self, name: str) -> Span | None:
+        """Where the bytes lie, where nothing was folded into them."""
+        place = self._places[name]
+        if place.scale != 1.0:
+            return None
+        return Span(self.file(self._manifest.sizes[0]), place.offset, place.nbytes, place.dtype)
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
+        """The flat elements [start, stop), as precise as they were stored."""
+        place = self._places[name]
+        size = np.dtype(place.dtype).itemsize
+        path = self.file(self._manifest.sizes[0])
+        stored = np.fromfile(path, dtype=place.dtype, count=stop - start, offset=place.offset + start * size)
+        if stored.size != stop - start:
+            raise ConversionError(f"{path}: ends before the weight {name}; convert the model again")
+        return stored if place.scale == 1.0 else stored.astype(np.float32) / np.float32(place.scale)
+
+    def key(self, name: str) -> str:
+        """Its name."""
+        return name
+
+    def origin(self, name: str) -> str:
+        """Package and name, for messages."""
+        return f"{self._folder / self._manifest.parts['unet'].file}: weight {name}"
+
+
+def _new(folder: Path, manifest: Manifest, networks: Sequence[Network], overwrite: bool) -> list[Network]:
+    """Those that are not in the folder yet; what is there already is refused, replaced, or shared."""
+    shared = {network.key for network in networks if network.beside is not None and not network.changed}
+    there = [network.key for network in networks if network.key in manifest.parts and network.key not in shared]
+    if there and not overwrite:
+        raise PackageError(f"{folder}: has a {there[0]} already; pass --overwrite to replace it")
+    return [network for network in networks if network.key not in manifest.parts or network.key not in shared]
+
+
+def _manifest(manifest: Manifest, packages: Sequence[Planned], digests: Mapping[Files, str], base: Base) -> Manifest:
+    """The old manifest with the new parts; UNets are made of what the folder's own was made of."""
+    new = parts(packages, digests)
+    source = manifest.parts["unet"]
+    for package in packages:
+        if package.network.source is base.source:
+            made_of = {"source": source.source, "source_sha256": source.source_sha256}
+            new[package.key] = replace(new[package.key], **made_of)
+    replaced = {package.network.key for package in packages}
+    kept = {key: part for key, part in manifest.parts.items() if _network_key(key) not in replaced}
+    return replace(manifest, parts={**kept, **new})
+
+
+def _network_key(key: str) -> str:
+    """The key of a part's network, without its size."""
+    return re.sub(r"_\d+x\d+$", "", key)
+
+
+def _continue_indices(folder: Path, staged: Path, packages: Sequence[Planned]) -> None:
+    """Where a weight.bin was continued, link its old packages to the new file, and write what lies where in all."""
+    old = {index.package: index for index in read_indices(folder)}
+    new = {index.package: index for index in read_indices(staged)}
+    done = set()
+    for package in packages:
+        onto = package.lowered.plan.onto
+        if onto is None or package.file not in new:
+            continue
+        siblings = [name for name in old if (folder / name / WEIGHT_FILE).samefile(onto)]
+        index = replace(new[package.file], places=(*old[siblings[0]].places, *new[package.file].places))
+        save_index(staged, index)
+        if onto in done or not package.lowered.plan.records:
+            continue
+        done.add(onto)
+        for name in siblings:
+            link_or_copy(staged / package.file / WEIGHT_FILE, staged / f"{name}.bin")
+            save_index(staged, replace(index, package=name))
