@@ -15,6 +15,7 @@ from glassine import __version__
 from glassine.commands.about import demo, doctor
 from glassine.commands.draw import fan, generate, show_map
 from glassine.commands.layers import compose, layers
+from glassine.commands.lora import lora
 from glassine.commands.models import convert, inspect, verify
 from glassine.commands.preprocess import preprocess
 from glassine.errors import GlassineError
@@ -55,5 +56,5 @@ def main() -> None:
     """
 
 
-for verb in (convert, generate, show_map, fan, layers, compose, preprocess, inspect, verify, demo, doctor):
+for verb in (convert, generate, show_map, fan, layers, compose, preprocess, lora, inspect, verify, demo, doctor):
     main.add_command(verb)

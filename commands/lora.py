@@ -1,22 +1,30 @@
-"""What the verbs say about LoRAs and other weights that are laid over a model."""
+"""LoRAs: the verb that puts them into a finished model and takes them out, and what other verbs say about them."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from glassine.commands.options import options
+from glassine.commands.options import FOLDER, as_json, give, options, say
 
 if TYPE_CHECKING:
     from glassine.convert.extras import Extras
+    from glassine.manifest import MergedLora
+    from glassine.runtime.prompt import NetworkTag
 
 extras_options = options(
     click.option("--lora", "loras", multiple=True, metavar="FILE[=S]",
                  help="Merge a LoRA at strength S (1), or UNET,TEXT; may be repeated."),
     click.option("--vae", type=click.Path(path_type=Path), help="Take the VAE of this file."),
     click.option("--ema", is_flag=True, help="Take the UNet's running average, where the file has one."),
+)  # fmt: skip
+lora_dir = click.option(
+    "--lora-dir", "lora_dirs", type=FOLDER, multiple=True,
+    help="Where <lora:NAME:0.8> in a prompt finds NAME.safetensors, besides MODEL/loras; may be repeated.",
 )  # fmt: skip
 
 
@@ -27,3 +35,107 @@ def extras_of(asked: dict[str, Any]) -> Extras:
 
     loras = tuple(LoraFile.parse(words) for words in asked.pop("loras"))
     return Extras(loras=loras, vae=asked.pop("vae"), ema=asked.pop("ema"))
+
+
+@click.command()
+@click.argument("model", type=FOLDER)
+@click.argument("action", type=click.Choice(["add", "remove", "list"]))
+@click.argument("names", nargs=-1, metavar="[FILE[=S] | NAME]...")
+@as_json
+def lora(model: Path, action: str, names: tuple[str, ...], as_json: bool) -> None:
+    """Put LoRAs into a model, or take them out.
+
+    MODEL's weights are changed in place, in seconds: `add` merges FILE at strength S (1; or UNET,TEXT), a LoRA that is
+    in already changes its strength; `remove` takes out those named. The model keeps a copy of each file in
+    MODEL/loras, and its weights as they were: the checkpoint is not needed, and taking all LoRAs out gives the old
+    bytes back. Interrupted, it leaves the old model or the new one.
+
+    \b
+    Example:
+      glassine lora dreamshaper add ink.safetensors=0.8
+      glassine lora dreamshaper add detail.safetensors=0.5,0 light.safetensors
+      glassine lora dreamshaper remove ink
+      glassine lora dreamshaper list
+    """
+    from glassine.convert.lora import LoraFile
+    from glassine.convert.swap import change_loras, keep_file
+    from glassine.manifest import Manifest
+
+    if (action == "list") == bool(names):
+        raise click.UsageError("'list' takes no names" if names else f"'{action}' takes at least one LoRA")
+    manifest = Manifest.read(model)
+    if action == "add":
+        asked = [LoraFile.parse(words) for words in names]
+        files = [dataclasses.replace(file, path=keep_file(model, file.path)) for file in asked]
+        added = {file.path.stem for file in files}
+        manifest = change_loras(model, [*_applied(model, manifest, without=added), *files])
+    elif action == "remove":
+        _check_removable(model, manifest.loras, names)
+        manifest = change_loras(model, _applied(model, manifest, without=set(names)))
+    lines = [_line(merged) for merged in manifest.loras]
+    result = {"folder": str(model), "loras": [dataclasses.asdict(merged) for merged in manifest.loras]}
+    give(result, "\n".join(lines) if lines else f"{model}: no LoRAs", as_json)
+
+
+def _applied(model: Path, manifest: Any, without: set[str]) -> list[Any]:
+    """The removable LoRAs that stay."""
+    from glassine.convert.swap import applied
+
+    staying = tuple(merged for merged in manifest.loras if merged.name not in without)
+    return applied(model, dataclasses.replace(manifest, loras=staying))
+
+
+def _check_removable(model: Path, loras: Sequence[MergedLora], names: Sequence[str]) -> None:
+    removable = {merged.name for merged in loras if merged.removable}
+    for name in names:
+        if name in removable:
+            continue
+        if any(merged.name == name for merged in loras):
+            raise click.ClickException(f"{name}: was merged when {model} was converted; convert it again without it")
+        raise click.ClickException(f"{name}: is not in {model}; it has {', '.join(sorted(removable)) or 'no LoRAs'}")
+
+
+def _line(merged: MergedLora) -> str:
+    how = "" if merged.removable else "   merged at conversion"
+    return f"{merged.name:24} unet {merged.unet:g}, text {merged.text:g}   sha256 {merged.sha256[:12]}{how}"
+
+
+def with_prompt_loras(model: Path, prompt: str, lora_dirs: Sequence[Path]) -> Path:
+    """Return the model to draw a prompt with: `model`, or a variant of it with the LoRAs that the prompt names.
+
+    Raises:
+        RequestError: a tag cannot be read, or no file, or more than one, has its name.
+    """
+    from glassine.convert.lora import LoraFile
+    from glassine.convert.swap import LORAS, variant
+    from glassine.errors import RequestError
+    from glassine.runtime.prompt import network_tags
+
+    tags = {found: tag for found, tag in network_tags(prompt).items() if not found.startswith("<hypernet:")}
+    if not tags:
+        return model
+    files = []
+    for found, tag in tags.items():
+        if tag is None:
+            raise RequestError(
+                f"prompt: {found} cannot be read; expected <lora:NAME>, <lora:NAME:0.8> or <lora:NAME:TEXT:UNET>"
+            )
+        files.append(LoraFile(_found(tag, [*lora_dirs, model / LORAS]), tag.unet, tag.text))
+        say(f"LoRA {files[-1].path}: unet {tag.unet:g}, text {tag.text:g}")
+    return variant(model, files)
+
+
+def _found(tag: NetworkTag, folders: Sequence[Path]) -> Path:
+    from glassine.convert.extras import file_sha256
+    from glassine.errors import RequestError
+
+    there = [path for folder in folders for path in sorted(folder.rglob("*.safetensors"))]
+    same = [path for path in there if path.stem == tag.name]
+    if same and len({file_sha256(path) for path in same}) == 1:
+        return same[0]
+    where = ", ".join(map(str, folders))
+    if same:
+        raise RequestError(f"prompt: the LoRA {tag.name!r} is {' and '.join(map(str, same))}; rename one of them")
+    names = sorted({path.stem for path in there})
+    known = f"there are {', '.join(names[:20])}" if names else "there are no .safetensors files"
+    raise RequestError(f"prompt: no LoRA {tag.name!r} in {where}; {known}; say where with --lora-dir")
