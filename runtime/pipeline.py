@@ -30,6 +30,7 @@ from glassine.runtime.control_pictures import with_controls
 from glassine.runtime.decode import CELL, SD1_PREVIEW, measure_preview
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.compose import Chain, Renamed
+from glassine.runtime.foreign import read_model
 from glassine.runtime.image import Source
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.latents import encode_image
@@ -53,12 +54,22 @@ _REMEMBERED = 8  # prompts and source pictures whose encodings are kept
 class Pipeline:
     """A converted model folder and the engines that run its parts; use `load`, and close it or use `with`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, options: EngineOptions, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        options: EngineOptions,
+        size: tuple[int, int],
+        *,
+        vocabulary: Path | None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.size = size
         self.schedule = NoiseSchedule(manifest.scheduler)
         self.refiner: Pipeline | None = None
+        self.notices: tuple[str, ...] = ()
+        self._vocabulary = vocabulary
         self._options = options
         self._engines: dict[str, Engine] = {}
         self._tokenizer: Tokenizer | None = None
@@ -75,30 +86,35 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         refiner: Path | str | None = None,
     ) -> Pipeline:
-        """Open a folder made by `glassine convert`; its packages are loaded when they are first needed.
+        """Open a converted folder; its packages are loaded when they are first needed.
 
         Args:
-            folder: the model.
+            folder: the model, made by `glassine convert`, or by others as `foreign.py` knows it.
             options: how to run its packages.
             size: (width, height) in pixels, one of those it was converted for; None is the first.
-            refiner: the folder of a model that draws the last steps of every picture, such as SDXL's refiner.
+            refiner: the folder of a model that draws the last steps of every picture, such as SDXL's refiner; None is
+                the one in the same folder, which Apple's bundles may have.
 
         Raises:
             PackageError: a folder or its manifest is missing or damaged, or has no packages of this size, or the two
                 models' latents are not the same.
         """
-        folder = Path(folder)
-        manifest = Manifest.read(folder)
+        found = read_model(Path(folder))
+        manifest = found.manifest
         size = manifest.sizes[0] if size is None else size
         if size not in manifest.sizes:
             raise PackageError(
                 f"{folder}: converted for {_spelled(*manifest.sizes)}, not for {_spelled(size)}; "
                 f"convert it again with --size {_spelled(size)} too"
             )
-        pipe = cls(folder, manifest, options if options is not None else EngineOptions(), size)
+        options = options if options is not None else EngineOptions()
+        pipe = cls(found.folder, manifest, options, size, vocabulary=found.vocabulary)
+        pipe.notices = found.notices
         if refiner is not None:
             pipe.refiner = cls.load(refiner, options, size=size)
             _check_refiner(pipe, pipe.refiner)
+        elif found.refiner is not None:
+            pipe.refiner = cls(found.folder, found.refiner, options, size, vocabulary=found.vocabulary)
         return pipe
 
     def __call__(
@@ -190,7 +206,7 @@ class Pipeline:
             )
         engine = stages[0] if len(stages) == 1 else Chain(stages)
         names = part.about.get("names")
-        return engine if names is None else Renamed(engine, names["inputs"], names["outputs"])
+        return engine if names is None else Renamed(engine, **names)
 
     def package(self, path: Path) -> Engine:
         """Return the engine of a package beside the folder, such as another model's control net; loaded on first use.
@@ -283,9 +299,9 @@ class Pipeline:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's own vocabulary."""
+        """The model's own vocabulary; CLIP's where the folder has none."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.load(self.folder)
+            self._tokenizer = Tokenizer.clip() if self._vocabulary is None else Tokenizer.load(self._vocabulary)
         return self._tokenizer
 
     def close(self) -> None:

@@ -174,11 +174,11 @@ class Run:
         model, notices = self._denoiser(self._pipe)
         refiner = self._pipe.refiner
         if refiner is None:
-            return model, (*self._inputs.notices, *notices)
+            return model, (*self._pipe.notices, *self._inputs.notices, *notices)
         refined, said = self._denoiser(refiner)
         start = handover(self._pipe.schedule, self._sigmas, self.request.refine_at)
         further = tuple(notice for notice in said if notice not in notices)
-        return Relay(model, refined, start), (*self._inputs.notices, *notices, *further)
+        return Relay(model, refined, start), (*self._pipe.notices, *self._inputs.notices, *notices, *further)
 
     def _denoiser(self, pipe: Pipeline) -> tuple[Denoiser, tuple[str, ...]]:
         """One UNet with what its branches read."""

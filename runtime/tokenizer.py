@@ -8,9 +8,11 @@ merges were learnt. Ids equal open_clip's `SimpleTokenizer` exactly. Special tok
 
 from __future__ import annotations
 
+import gzip
 import html
 import itertools
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ EOS = "<|endoftext|>"
 _LITERAL = {"<start_of_text>": BOS, "<end_of_text>": EOS}  # what open_clip reads as its own special tokens
 _END = "</w>"
 _SMALL = 4096
+_CLIP_FILE = "clip_vocabulary/bpe_simple_vocab_16e6.txt.gz"
+_CLIP_MERGES = 49152 - 256 - 2  # the file has more lines than CLIP uses
 _PIECES = "<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}]+"
 
 
@@ -84,6 +88,20 @@ class Tokenizer:
         vocab = _checked_vocab(vocab_path, raw)
         merges = _checked_merges(merges_path, lines, vocab)
         return cls(vocab, merges)
+
+    @classmethod
+    def clip(cls) -> Tokenizer:
+        """Return CLIP's own vocabulary, which every Stable Diffusion was trained with, from the list OpenAI published.
+
+        Ids: the 256 byte symbols, printable bytes first, the same at a word's end, one per merge, start, end.
+        """
+        packed = files("glassine.convert").joinpath(_CLIP_FILE).read_bytes()
+        lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + _CLIP_MERGES]
+        merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+        printable, others = (sorted(s for s in byte_symbols() if (ord(s) < 256) is wanted) for wanted in (True, False))
+        symbols = [*printable, *others]
+        tokens = [*symbols, *(s + _END for s in symbols), *(left + right for left, right in merges), BOS, EOS]
+        return cls({token: id for id, token in enumerate(tokens)}, merges)
 
     @property
     def words(self) -> list[str]:

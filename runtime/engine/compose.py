@@ -62,22 +62,27 @@ class Renamed:
     Args:
         inputs, outputs: Glassine's name -> the package's, where they differ. Layouts follow from the package's own
             shapes: an input of the same size is reshaped, a context (B, D, 1, T) becomes (B, T, D) where the package
-            has three axes, numbers become integers where it wants those.
+            has three axes, numbers become integers where it wants those, and of several equal ones the first is
+            given where there is room for one.
+        zeros: the package's inputs that get zeros, such as the residuals of a ControlNet that is not there.
     """
 
-    def __init__(self, engine: Engine, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+    def __init__(
+        self, engine: Engine, inputs: Mapping[str, str], outputs: Mapping[str, str], zeros: Sequence[str] = ()
+    ) -> None:
         self._engine, self._inputs = engine, inputs
+        self._zeros = {name: np.zeros(engine.inputs[name].shape, np.float32) for name in zeros}
         self._outputs = {theirs: ours for ours, theirs in outputs.items()}
         names = {theirs: ours for ours, theirs in inputs.items()}
-        self.inputs = {names.get(name, name): spec for name, spec in engine.inputs.items()}
+        self.inputs = {names.get(name, name): spec for name, spec in engine.inputs.items() if name not in zeros}
         self.outputs = {self._outputs.get(name, name): spec for name, spec in engine.outputs.items()}
         self.realised = engine.realised
 
     def predict(self, **arrays: NDArray[np.generic]) -> Arrays:
         """Run the package with its own names and layouts."""
-        given = {
-            self._inputs.get(name, name): _laid_out(array, self.inputs.get(name)) for name, array in arrays.items()
-        }
+        given: Arrays = dict(self._zeros)
+        for name, array in arrays.items():
+            given[self._inputs.get(name, name)] = _laid_out(array, self.inputs.get(name))
         return {self._outputs.get(name, name): array for name, array in self._engine.predict(**given).items()}
 
     def close(self) -> None:
@@ -91,6 +96,8 @@ def _laid_out(array: NDArray[np.generic], spec: TensorSpec | None) -> NDArray[np
         return array
     if array.ndim == 4 and len(spec.shape) == 3 and array.shape[2] == 1:
         array = array[:, :, 0].transpose(0, 2, 1)
+    elif spec.shape == (1,):
+        array = array[:1]  # one time for all rows
     elif array.shape != spec.shape and array.size == int(np.prod(spec.shape)):
         array = array.reshape(spec.shape)
     return np.rint(array).astype(np.int32) if spec.dtype.startswith("int") else array

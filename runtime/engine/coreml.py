@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError
-from glassine.runtime.engine.compiled import read_interface
 from glassine.runtime.engine.contract import COMPILED, ComputeUnits, Realised, TensorSpec, check_inputs
+from glassine.runtime.engine.interface import read_interface
 
 _UNITS: dict[str, str] = {
     "all": "ALL",

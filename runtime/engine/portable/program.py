@@ -165,6 +165,15 @@ class Program:
         return self.functions[key]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """What a package says of itself: its features, and the version its maker gave it (Apple's converter: the model)."""
+
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    version: str
+
+
 def bits(dtype: str) -> int:
     """Return the size of one element in bits (0 for strings)."""
     if dtype in _BITS:
@@ -184,6 +193,30 @@ def read_package(package: Path | str) -> Program:
     """
     package = Path(package)
     model_path = _model_path(package)
+    return _Reader(package, model_path.parent).program(_message(package, model_path))
+
+
+def read_declaration(package: Path | str, function: str | None = None) -> Declaration:
+    """Read what an .mlpackage declares, without its operations: as quick for the largest network as for the smallest.
+
+    Raises:
+        PackageError, EngineError: as `read_package`, or there is no such function.
+    """
+    package = Path(package)
+    description = _message(package, _model_path(package)).description
+    described = {entry.name: entry for entry in description.functions}
+    name = description.defaultFunctionName if function is None else function
+    if described and name not in described:
+        raise EngineError(f"{package}: no function {name!r}; it has {sorted(described)}")
+    entry = described.get(name, description)
+    return Declaration(
+        inputs=tuple(_feature(feature) for feature in entry.input),
+        outputs=tuple(_feature(feature) for feature in entry.output),
+        version=description.metadata.versionString,
+    )
+
+
+def _message(package: Path, model_path: Path) -> Any:
     model = proto.load().Model()
     try:
         model.ParseFromString(model_path.read_bytes())
@@ -193,7 +226,7 @@ def read_package(package: Path | str) -> Program:
         raise EngineError(
             f"{package}: expected an ML Program, got {model.WhichOneof('Type')}; convert the model to an mlprogram"
         )
-    return _Reader(package, model_path.parent).program(model)
+    return model
 
 
 def _model_path(package: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a compiled model (.mlmodelc) says of itself, read without Core ML: its metadata.json (coremlcompiler's)."""
+"""What a model declares of itself: a package, or one compiled before, read without Core ML."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from typing import Any
 
 from glassine.errors import PackageError
 from glassine.runtime.engine.contract import COMPILED, TensorSpec
-from glassine.runtime.engine.portable.program import read_package
+from glassine.runtime.engine.portable.program import read_declaration
 
 _DTYPES = {"Float16": "float16", "Float32": "float32", "Double": "float64", "Int32": "int32"}
 
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """Inputs and outputs of a model with their default shapes, and what its maker wrote about it."""
+    """Inputs and outputs with their default shapes (of an output also (): not declared), and the maker's version."""
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
-    about: Mapping[str, str]
+    version: str
 
 
 def read_interface(model: Path, function: str | None = None) -> Interface:
-    """Read what a .mlpackage or .mlmodelc declares; of a compiled one without Core ML.
+    """Read what a .mlpackage or .mlmodelc declares.
 
     Raises:
-        PackageError: it is damaged, or a compiled model without metadata.json.
+        PackageError: it is damaged, or a compiled model without the metadata.json of coremlcompiler.
         EngineError: a package that is no ML Program, or lacks the function.
     """
     if model.suffix == COMPILED and not (model / "Manifest.json").is_file():
         return _compiled(model)
-    program = read_package(model)
-    entry = program.function(function)
+    declared = read_declaration(model, function)
     return Interface(
-        {f.name: TensorSpec(f.name, f.shape, f.dtype) for f in entry.inputs},
-        {f.name: TensorSpec(f.name, f.shape, f.dtype) for f in entry.outputs},
-        program.metadata,
+        {f.name: TensorSpec(f.name, f.shape, f.dtype) for f in declared.inputs},
+        {f.name: TensorSpec(f.name, f.shape, f.dtype) for f in declared.outputs},
+        declared.version,
     )
 
 
@@ -46,9 +45,7 @@ def _compiled(model: Path) -> Interface:
     path = model / "metadata.json"
     try:
         said = json.loads(path.read_text(encoding="utf-8"))[0]
-        about = {str(key): str(value) for key, value in said.get("userDefinedMetadata", {}).items()}
-        about |= {key: str(said[key]) for key in ("version", "shortDescription") if key in said}
-        return Interface(_features(said["inputSchema"]), _features(said["outputSchema"]), about)
+        return Interface(_specs(said["inputSchema"]), _specs(said["outputSchema"]), str(said.get("version", "")))
     except FileNotFoundError:
         raise PackageError(
             f"{model}: has no metadata.json, so its inputs cannot be known; compile it again with "
@@ -60,11 +57,9 @@ def _compiled(model: Path) -> Interface:
         ) from None
 
 
-def _features(schema: list[dict[str, Any]]) -> dict[str, TensorSpec]:
-    features = {}
+def _specs(schema: list[dict[str, Any]]) -> dict[str, TensorSpec]:
+    specs = {}
     for feature in schema:
         shape = tuple(int(side) for side in json.loads(feature.get("shape", "[]")))
-        features[str(feature["name"])] = TensorSpec(
-            feature["name"], shape, _DTYPES.get(feature.get("dataType", ""), "")
-        )
-    return features
+        specs[str(feature["name"])] = TensorSpec(feature["name"], shape, _DTYPES.get(feature.get("dataType", ""), ""))
+    return specs
