@@ -25,7 +25,7 @@ from glassine.convert.clone import link_or_copy
 from glassine.convert.digest import Files, digests
 from glassine.convert.index import Index, Place, read_indices, save_index
 from glassine.convert.network import Base, ConvertOptions, Further, Network, Size
-from glassine.convert.package import check_space
+from glassine.convert.package import check_space, read_records
 from glassine.convert.packages import (
     Host,
     Planned,
@@ -36,7 +36,7 @@ from glassine.convert.packages import (
     plan_packages,
     write_packages,
 )
-from glassine.convert.program import Plan, Weight
+from glassine.convert.program import ALIGNMENT, Plan, Weight
 from glassine.convert.swap import explained, locked
 from glassine.convert.weights import Span
 from glassine.errors import ConversionError, PackageError
@@ -171,9 +171,18 @@ class PackagedWeights:
         path = self.file(size)
         known = next((other for other in map(self.file, self._manifest.sizes) if other.samefile(path)), path)
         plan = Plan(onto=known, begin=self.index(size).size)
+        records = {record.data_offset: record for record in read_records(path)}
+        held = {place.offset: (place.dtype, place.nbytes) for place in self.index(size).places}
+        if any(at not in records or (records[at].dtype, records[at].nbytes) != what for at, what in held.items()):
+            raise PackageError(f"{path}: does not hold what its index says; convert the model again")
         for name, place in self._places.items():
             weight = Weight(name, place.shape, place.scale, "float32" if place.dtype == "float32" else "float16")
-            plan.know(weight, place.offset - 64)
+            plan.know(weight, place.dtype, place.offset - ALIGNMENT)
+        with path.open("rb") as file:
+            for at, record in records.items():
+                if at not in held:  # a literal of the graphs
+                    file.seek(at)
+                    plan.know(file.read(record.nbytes), record.dtype, record.offset)
         return plan
 
     def span(self, name: str) -> Span | None:

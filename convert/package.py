@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import open_weights
 from glassine.convert.clone import clone_or_copy, link_or_copy
-from glassine.convert.program import BLOB_DTYPES, Lowered, Plan, Record, Weight
+from glassine.convert.program import ALIGNMENT, BLOB_DTYPES, Lowered, Plan, Record, Weight
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError, PackageError
 
@@ -159,6 +159,28 @@ def _metadata(record: Record) -> bytes:
     return struct.pack(
         "<IIQQQ4Q", 0xDEADBEEF, BLOB_DTYPES[record.dtype], record.nbytes, record.data_offset, 0, *[0] * 4
     )
+
+
+def read_records(path: Path) -> list[Record]:
+    """List the records of a weight.bin, in their order; what they hold is not read, their shapes are flat.
+
+    Raises:
+        PackageError: the file is not one, or damaged.
+    """
+    dtypes = {number: dtype for dtype, number in BLOB_DTYPES.items()}
+    records: list[Record] = []
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        (count,) = struct.unpack("<I", file.read(4).ljust(4, b"\0"))
+        at = ALIGNMENT
+        while len(records) < count:
+            file.seek(at)
+            magic, number, nbytes, start = struct.unpack("<IIQQ", file.read(24).ljust(24, b"\0"))
+            if magic != 0xDEADBEEF or number not in dtypes or start != at + ALIGNMENT or start + nbytes > size:
+                raise PackageError(f"{path}: damaged at byte {at}: no record of weights; convert the model again")
+            records.append(Record(at, (nbytes // np.dtype(dtypes[number]).itemsize,), dtypes[number], b""))
+            at = -(-(start + nbytes) // ALIGNMENT) * ALIGNMENT
+    return records
 
 
 def _in_source_order(plan: Plan, weights: WeightSource) -> list[Record]:

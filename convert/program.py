@@ -140,6 +140,11 @@ class Record:
         return self.offset + ALIGNMENT
 
 
+def _identity(content: Weight | bytes, dtype: str) -> tuple[object, ...]:
+    """What makes two records one."""
+    return (content.name, content.scale, dtype) if isinstance(content, Weight) else (content, dtype)
+
+
 @dataclass(slots=True)
 class Plan:
     """What weight.bin will hold, record by record, in ascending order.
@@ -152,16 +157,16 @@ class Plan:
     begin: int = ALIGNMENT
     _offsets: dict[tuple[object, ...], int] = field(default_factory=dict, repr=False, compare=False)
 
-    def know(self, weight: Weight, offset: int) -> None:
-        """Note that a weight is in the existing file, in the record at `offset`, and need not be stored again."""
-        self._offsets.setdefault((weight.name, weight.scale, weight.dtype), offset)
+    def know(self, content: Weight | bytes, dtype: str, offset: int) -> None:
+        """Note that this is in the existing file, in the record at `offset`, and need not be stored again."""
+        self._offsets.setdefault(_identity(content, dtype), offset)
 
     def place(self, content: Weight | bytes, shape: tuple[int, ...], dtype: str) -> int:
         """Return the offset of this content, giving it the next free one if it is new.
 
         One weight in two shapes is one record: the elements are the same.
         """
-        key = (content.name, content.scale, dtype) if isinstance(content, Weight) else (content, dtype)
+        key = _identity(content, dtype)
         if key not in self._offsets:
             record = Record(self.end, shape, dtype, content)
             self.records.append(record)
