@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     help="split: Neural Engine and GPU; einsum: GPU and CPU; sdpa: the fused operation of macOS 15.",
 )
 @click.option(
+    "--chunks",
+    type=click.IntRange(1, 8),
+    help="Packages to cut the UNet into.  [default: with split attention the fewest that the Neural Engine can load]",
+)
+@click.option(
     "--layout",
     type=click.Choice(["channels_first", "channels_last"]),
     help="Of the tokens.  [default: channels_first for split, channels_last for the others]",

@@ -151,6 +151,7 @@ def _networks(checkpoint: Checkpoint, detected: Detected, options: ConvertOption
             attention=None if role in TEXT_ROLES else options.attention,
             layout=None if role in TEXT_ROLES else options.layout,
             precision=vae_precision if role in VAE_ROLES else "float16",
+            chunks=options.chunks if role == "unet" else 1,
         )
         for role in roles
     ]
@@ -183,7 +184,7 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
         raise PackageError(f"{out}: has no {FILE_NAME}, so Glassine did not make it and does not replace it")
     further = ("UnetRefiner", "ControlledUnet", "AdaptedUnet", r"(ControlNet|Adapter)_[\w.-]+?")
     names = "|".join((*PACKAGES.values(), *further))
-    packages = rf"({names})(_\d+x\d+)?\.(mlpackage|mlmodelc|weights\.json)"
+    packages = rf"({names})(Chunk\d)?(_\d+x\d+)?\.(mlpackage|mlmodelc|weights\.json)"
     texts = {FILE_NAME, STORE, VOCABULARY, MERGES, ".DS_Store"}
     strangers = sorted(
         entry.name for entry in out.iterdir() if entry.name not in texts and not re.fullmatch(packages, entry.name)

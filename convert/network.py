@@ -36,6 +36,8 @@ class ConvertOptions:
         VAE that share the weights. Empty: the size the family was trained at.
     batch: rows per UNet call; 2 is one picture with guidance. None: 2, or 1 for a model drawn without guidance.
     tokens: of the UNet's context, a multiple of the text encoder's.
+    chunks: packages to cut each UNet into, 1 for a whole one. None: for `attention` "split" the fewest that the Neural
+        Engine can load (weight files below 2 GiB), else 1.
     part: only this network ("vae": both ways).
     name: of the model; None takes the source's file name.
     family, prediction_type, distilled, vae_precision: override what the source says, see `detect` and `vae_range`.
@@ -51,6 +53,7 @@ class ConvertOptions:
     tokens: int = 77
     attention: Attention = "split"
     layout: Layout = "channels_first"
+    chunks: int | None = None
     part: Role | Literal["vae"] | None = None
     name: str | None = None
     family: FamilyName | None = None
@@ -82,6 +85,7 @@ class ConvertOptions:
             self,
             sizes=self.sizes if self.sizes else ((size, size),),
             batch=self.batch if self.batch is not None else (2 if guided else 1),
+            chunks=1 if self.chunks is None and self.attention != "split" else self.chunks,
         )
 
     @property
@@ -107,6 +111,7 @@ class Network:
         for the names in `changed`, which get records of their own.
     sizes: None means all of the folder's.
     attention, layout: the form it is written in; None where it has no choice.
+    chunks: packages that it is cut into; None: the fewest that the Neural Engine can load.
     """
 
     key: str
@@ -127,6 +132,7 @@ class Network:
     attention: Attention | None = None
     layout: Layout | None = None
     precision: str = "float16"
+    chunks: int | None = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from glassine import __version__
 from glassine.convert.checkpoint import shorten
+from glassine.convert.chunks import cut
 from glassine.convert.digest import Files
 from glassine.convert.index import write_index
 from glassine.convert.network import Network, Size
@@ -68,11 +69,13 @@ class Planned:
     suffix: str  # of a size that is not the folder's own, "_768x512"
     lowered: Lowered
     weights: WeightSource
+    whole: Lowered | None = None  # of which it is the chunk of this number, counted from 1
+    chunk: int = 0
 
     @property
     def name(self) -> str:
         """The package's stem."""
-        return self.network.package + self.suffix
+        return self.network.package + (f"Chunk{self.chunk}" if self.chunk else "") + self.suffix
 
     @property
     def file(self) -> str:
@@ -132,8 +135,13 @@ def plan_packages(
             if (home, size) not in plans:
                 plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
             lowered = lower(program, _description(network, name), plans[home, size])
+            pieces = cut(lowered, network.chunks)
         asked.setdefault(id(network.weights), set()).update(requests.asked)
-        packages.append(Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home]))
+        package = Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home])
+        if len(pieces) == 1:
+            packages.append(package)
+        else:
+            packages += [replace(package, lowered=p, whole=lowered, chunk=n) for n, p in enumerate(pieces, start=1)]
     for network in networks:
         _check_all_used(network, asked[id(network.weights)])
     report(Progress("graphs", "", len(jobs), len(jobs)))
@@ -238,7 +246,7 @@ def _twin(packages: Sequence[Planned], package: Planned) -> Planned | None:
     for other in packages:
         if other is package:
             return None
-        if other.home == package.home and other.lowered.plan == package.lowered.plan:
+        if (other.home, other.chunk) == (package.home, package.chunk) and other.lowered.plan == package.lowered.plan:
             return other
     return None
 
@@ -274,22 +282,32 @@ def hashed_files(networks: Sequence[Network]) -> list[Files]:
 
 def parts(packages: Sequence[Planned], digests: Mapping[Files, str]) -> dict[str, Part]:
     """Describe the packages for glassine.json; `digests` is empty where nothing was hashed."""
-    return {package.key: _part(package, digests) for package in packages}
+    by_key: dict[str, list[Planned]] = {}
+    for package in packages:
+        by_key.setdefault(package.key, []).append(package)
+    return {key: _part(group, digests) for key, group in by_key.items()}
 
 
-def _part(package: Planned, digests: Mapping[Files, str]) -> Part:
+def _part(group: Sequence[Planned], digests: Mapping[Files, str]) -> Part:
+    """Describe one package, or the chunks of one network, which run in this order."""
+    package = group[0]
     network = package.network
+    whole = package.lowered if package.whole is None else package.whole
     return Part(
         file=package.file,
         role=network.role,
-        inputs=package.lowered.inputs,
-        outputs=package.lowered.outputs,
-        parameters=package.lowered.parameters,
+        inputs=whole.inputs,
+        outputs=whole.outputs,
+        parameters=whole.parameters,
         precision=network.precision,
         source=network.source.path.name,
         source_sha256=digests.get(network.files, ""),
         attention=network.attention,
         layout=network.layout,
         config=dataclasses.asdict(network.config),
-        about={**network.about, **{key: digests.get(files, "") for key, files in network.hashed.items()}},
+        about={
+            **network.about,
+            **{key: digests.get(files, "") for key, files in network.hashed.items()},
+            **({"chunks": [chunk.file for chunk in group]} if package.chunk else {}),
+        },
     )

@@ -8,7 +8,7 @@ Every weight is read when it is used and dropped after that, so a reference need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,17 +105,37 @@ def transformer(w: Weights, x: Tensor, context: Tensor, heads: int, groups: int)
     return x + y.transpose(1, 2).reshape(batch, channels, height, width)
 
 
-def unet(config: UNetConfig, source: WeightSource, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+def _sinusoid(x: Tensor, width: int) -> Tensor:
+    """Embed (N,) as (N, width): cosines, then sines, of frequencies 1 to 1/10000."""
+    half = width // 2
+    angles = x[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _embedding(config: UNetConfig, w: Weights, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Time, and where the network reads them LCM's guidance and SDXL's sizes and pooled text, as one vector."""
+    temb = _sinusoid(inputs["timestep"], config.channels[0])
+    if "timestep_cond" in inputs:
+        temb = temb + dense(w / "time_embedding" / "cond_proj", inputs["timestep_cond"])
+    temb = dense(w / "time_embedding" / "linear_1", temb)
+    temb = dense(w / "time_embedding" / "linear_2", F.silu(temb))
+    if "time_ids" in inputs:
+        sizes = _sinusoid(inputs["time_ids"].flatten(), 256).reshape(len(temb), -1)
+        added = dense(w / "add_embedding" / "linear_1", torch.cat([inputs["text_embeds"], sizes], dim=1))
+        temb = temb + dense(w / "add_embedding" / "linear_2", F.silu(added))
+    return temb
+
+
+def unet(config: UNetConfig, source: WeightSource, inputs: Mapping[str, Tensor]) -> Tensor:
     """Predict the noise.
 
     Args:
-        sample: (B, 4, h, w). timestep: (B,). context: (B, tokens, context_dim).
+        inputs: as the package has them: sample (B, channels, h, w), timestep (B,), encoder_hidden_states
+            (B, context_dim, 1, tokens), and what else the network reads.
     """
     w, groups = Weights(source), config.norm_groups
-    half = config.channels[0] // 2
-    angles = timestep[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
-    temb = dense(w / "time_embedding" / "linear_1", torch.cat([angles.cos(), angles.sin()], dim=1))
-    temb = dense(w / "time_embedding" / "linear_2", F.silu(temb))
+    context = inputs["encoder_hidden_states"][:, :, 0].transpose(1, 2)
+    temb = _embedding(config, w, inputs)
 
     def layer(block: Weights, index: int, x: Tensor, heads: int) -> Tensor:
         x = resnet(block / "resnets" / index, x, groups, 1e-5, temb)
@@ -123,7 +143,7 @@ def unet(config: UNetConfig, source: WeightSource, sample: Tensor, timestep: Ten
             x = transformer(block / "attentions" / index, x, context, heads, groups)
         return x
 
-    x = conv(w / "conv_in", sample)
+    x = conv(w / "conv_in", inputs["sample"])
     kept = [x]
     for level, heads in enumerate(config.heads):
         block = w / "down_blocks" / level
@@ -134,8 +154,10 @@ def unet(config: UNetConfig, source: WeightSource, sample: Tensor, timestep: Ten
             x = conv(block / "downsamplers" / 0 / "conv", x, stride=2)
             kept.append(x)
     middle = w / "mid_block"
-    x = layer(middle, 0, x, config.heads[-1])
-    x = resnet(middle / "resnets" / 1, x, groups, 1e-5, temb)
+    if "resnets.0.norm1.weight" in middle:
+        x = layer(middle, 0, x, config.heads[-1])
+    if "resnets.1.norm1.weight" in middle:
+        x = resnet(middle / "resnets" / 1, x, groups, 1e-5, temb)
     for level, heads in enumerate(reversed(config.heads)):
         block = w / "up_blocks" / level
         for index in range(config.layers + 1):
@@ -188,8 +210,9 @@ def text_encoder(config: TextEncoderConfig, source: WeightSource, ids: Tensor) -
     """Encode token ids (1, tokens).
 
     Returns:
-        The last hidden state (1, tokens, width) and the pooled output (1, width), both behind the final LayerNorm, and
-        the hidden states of all layers (layers, tokens, width), each behind it too.
+        The hidden state (1, tokens, width) of the last layer that is not skipped, the pooled output (1, width or
+        projection_dim) and the hidden states of all layers (layers, tokens, width); the states are behind the final
+        LayerNorm if the encoder is used so, the pooled output always is.
     """
     root = Weights(source)
     w = root / "text_model"
@@ -206,8 +229,11 @@ def text_encoder(config: TextEncoderConfig, source: WeightSource, ids: Tensor) -
         x = x + dense(own / "out_proj", y.transpose(1, 2).flatten(2))
         y = dense(layer / "mlp" / "fc1", layer_norm(layer / "layer_norm2", x))
         x = x + dense(layer / "mlp" / "fc2", activate(y))
-        states.append(layer_norm(w / "final_layer_norm", x))
-    pooled = states[-1][torch.arange(len(ids)), ids.argmax(dim=1)]
+        states.append(layer_norm(w / "final_layer_norm", x) if config.final_norm else x)
+    last = layer_norm(w / "final_layer_norm", x)
+    pooled = last[torch.arange(len(ids)), ids.argmax(dim=1)]
+    if config.projection_dim is not None:
+        pooled = dense(root / "text_projection", pooled)
     return states[-1 - config.skip], pooled, torch.cat(states)
 
 

@@ -15,9 +15,12 @@ from glassine.convert.detect import Detected, detect
 from glassine.errors import ConversionError, MissingDependency, PackageError
 from glassine.manifest import Manifest, Part
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
+from glassine.runtime.engine.compose import Chain
 
 Arrays = dict[str, NDArray[Any]]
 Report = Callable[[int, int, str], None]
+TEXT_ROLES = ("text_encoder", "text_encoder_2")
+JUDGED = (*TEXT_ROLES, "unet", "vae_decoder", "vae_encoder")  # what a checkpoint itself holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def verify_folder(
     Args:
         folder: made by `convert_checkpoint`.
         source: what it was made of.
-        parts: the roles to compare ("unet", "vae_decoder" ...); empty means all.
+        parts: the roles to compare ("unet", "vae_decoder" ...); empty means all that come from a checkpoint.
         options: which engine to run the packages on.
         report: called with (done, total, role) before each part and after the last.
 
@@ -61,8 +64,12 @@ def verify_folder(
     unknown = sorted(set(parts) - set(manifest.parts))
     if unknown:
         raise PackageError(f"{folder}: has no part {', '.join(unknown)}, only {', '.join(manifest.parts)}")
-    detected = detect(open_checkpoint(source))
-    chosen = [name for name in manifest.parts if not parts or name in parts]
+    detected = detect(open_checkpoint(source), family=manifest.family)
+    judged = [name for name, part in manifest.parts.items() if part.role in JUDGED]
+    beyond = sorted(set(parts) - set(judged))
+    if beyond:
+        raise PackageError(f"{folder}: {', '.join(beyond)} cannot be compared with {source}, only {', '.join(judged)}")
+    chosen = [name for name in judged if not parts or name in parts]
     reports = []
     for i, name in enumerate(chosen):
         if report is not None:
@@ -74,7 +81,8 @@ def verify_folder(
 
 
 def _verify(folder: Path, name: str, part: Part, detected: Detected, options: EngineOptions | None) -> PartReport:
-    engine = open_engine(folder / part.file, options)
+    stages = [open_engine(folder / Path(file).name, options) for file in part.about.get("chunks", [part.file])]
+    engine: Engine = Chain(stages) if len(stages) > 1 else stages[0]
     try:
         inputs = _inputs(part.role, engine, detected)
         outputs = {key: np.array(value) for key, value in engine.predict(**inputs).items()}
@@ -107,18 +115,22 @@ def _inputs(role: str, engine: Engine, detected: Detected) -> Arrays:
     def normal(name: str, scale: float = 1.0) -> NDArray[Any]:
         return (scale * rng.standard_normal(engine.inputs[name].shape)).astype(np.float16).astype(np.float32)
 
-    if role == "text_encoder":
-        config = detected.family.text_encoders[0]
+    if role in TEXT_ROLES:
+        config = detected.family.text_encoder(role)
         ids = rng.integers(0, config.vocab_size - 2, (1, config.tokens))
-        ids[:, 0], ids[:, config.tokens // 3 :] = config.vocab_size - 2, config.vocab_size - 1
+        end = config.tokens // 3
+        ids[:, 0], ids[:, end:] = config.vocab_size - 2, config.vocab_size - 1
+        if config.pad is not None:
+            ids[:, end + 1 :] = config.pad
         return {"input_ids": ids.astype(np.float32)}
     if role == "unet":
         (batch,) = engine.inputs["timestep"].shape
-        return {
-            "sample": normal("sample"),
-            "encoder_hidden_states": normal("encoder_hidden_states"),
-            "timestep": np.linspace(999, 21, batch).round().astype(np.float32),
-        }
+        given = {name: normal(name) for name in engine.inputs if name not in {"timestep", "time_ids"}}
+        given["timestep"] = np.linspace(999, 21, batch).round().astype(np.float32)
+        if "time_ids" in engine.inputs:
+            sizes = rng.integers(0, 4096, engine.inputs["time_ids"].shape)
+            given["time_ids"] = sizes.astype(np.float32)
+        return given
     if role == "vae_decoder":
         return {"z": normal("z")}
     return {"x": normal("x", 0.5).clip(-1, 1)}
@@ -136,15 +148,13 @@ def _reference(role: str, detected: Detected, inputs: Mapping[str, NDArray[Any]]
     family = detected.family
     given = {name: torch.from_numpy(array) for name, array in inputs.items()}
     with torch.inference_mode():
-        if role == "text_encoder":
-            last, pooled, states = reference.text_encoder(
-                family.text_encoders[0], detected.parts["text_encoder"], given["input_ids"].long()
-            )
-            results = {"last_hidden_state": last, "pooled_outputs": pooled, "hidden_states": states}
+        if role in TEXT_ROLES:
+            config = family.text_encoder(role)
+            last, pooled, states = reference.text_encoder(config, detected.parts[role], given["input_ids"].long())
+            name = "last_hidden_state" if config.final_norm else "hidden_embeds"
+            results = {name: last, "pooled_outputs": pooled, "hidden_states": states}
         elif role == "unet":
-            context = given["encoder_hidden_states"][:, :, 0].transpose(1, 2)
-            noise = reference.unet(family.unet, detected.parts["unet"], given["sample"], given["timestep"], context)
-            results = {"noise_pred": noise}
+            results = {"noise_pred": reference.unet(family.unet, detected.parts["unet"], given)}
         elif role == "vae_decoder":
             results = {"image": reference.vae_decoder(family.vae, detected.parts["vae"], given["z"])}
         else:

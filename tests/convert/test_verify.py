@@ -52,14 +52,16 @@ def close(actual, expected, measured):
 def test_the_unet_is_diffusers(detected, tiny_diffusers):
     theirs = load(UNet2DConditionModel, tiny_diffusers, "unet")
     sample, context, timestep = normal(2, 4, 8, 16), normal(2, 77, 64, seed=1), torch.tensor([999.0, 17.5])
-    ours = reference.unet(detected.family.unet, detected.parts["unet"], sample, timestep, context)
+    given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": context.transpose(1, 2)[:, :, None]}
+    ours = reference.unet(detected.family.unet, detected.parts["unet"], given)
     close(ours, theirs(sample, timestep, context).sample, 1e-6)
 
 
 def test_odd_sizes_too(detected, tiny_diffusers):
     theirs = load(UNet2DConditionModel, tiny_diffusers, "unet")
     sample, context, timestep = normal(1, 4, 9, 13), normal(1, 77, 64, seed=1), torch.tensor([500.0])
-    ours = reference.unet(detected.family.unet, detected.parts["unet"], sample, timestep, context)
+    given = {"sample": sample, "timestep": timestep, "encoder_hidden_states": context.transpose(1, 2)[:, :, None]}
+    ours = reference.unet(detected.family.unet, detected.parts["unet"], given)
     close(ours, theirs(sample, timestep, context).sample, 1e-6)
 
 

@@ -568,7 +568,7 @@ def diffusers_configs(sizes: Sizes) -> dict[str, dict[str, object]]:
 
 
 def diffusers_tensors(sizes: Sizes, tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The tensors of a single file as diffusers and transformers call them, part by part."""
+    """The tensors of a single file, or of some of its parts, as diffusers and transformers call them."""
 
     def under(prefix: str) -> dict[str, np.ndarray]:
         return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
@@ -576,7 +576,7 @@ def diffusers_tensors(sizes: Sizes, tensors: Mapping[str, np.ndarray]) -> dict[s
     parts = {}
     for part, prefix in (("unet", "model.diffusion_model."), ("vae", "first_stage_model.")):
         names = diffusers_names(part, sizes)
-        parts[part] = {names[key]: value for key, value in under(prefix).items()}
+        parts[part] = {names[key]: value for key, value in under(prefix).items()}  # none where it is not there
     # diffusers keeps the VAE's attention as matrices, LDM as 1x1 convolutions.
     parts["vae"] = {
         key: value[:, :, 0, 0] if ".attentions." in key and value.ndim == 4 else value
@@ -584,6 +584,8 @@ def diffusers_tensors(sizes: Sizes, tensors: Mapping[str, np.ndarray]) -> dict[s
     }
     for number, prefix in enumerate(text_encoders(sizes)):
         own = under(prefix)
+        if not own:
+            continue
         if sizes.family == "sd2":
             parts["text_encoder"] = hugging_face_text(own, sizes.text_layers - 1)
         elif sizes.family == "sdxl_refiner" or number == 1:
