@@ -174,6 +174,7 @@ def finish_swap(folder: Path) -> None:
                 if file.is_dir():  # a package takes the place of an old one
                     shutil.rmtree(target, ignore_errors=True)
                 file.rename(target)
+                file.unlink(missing_ok=True)  # POSIX: a link renamed to another link of the same file stays
         with suppress(FileNotFoundError):
             waiting.rmdir()
     except OSError as error:
