@@ -1,7 +1,8 @@
-"""What `glassine convert` says about further networks: LayerDiffuse's files, beside a checkpoint or into a folder."""
+"""What `glassine convert` says about further networks: control and transparency, beside a checkpoint or alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 further_options = options(
     click.option("--base", type=FOLDER,
-                 help="Add SOURCE, a LayerDiffuse file, to this model folder; without OUT."),
+                 help="Add SOURCE, a ControlNet, a T2I-Adapter or a LayerDiffuse file, to this model folder; without "
+                      "OUT. --name is then the net's, and --batch 1 makes one that costs nothing where guidance is "
+                      "not steered."),
+    click.option("--control", multiple=True, metavar="FILE",
+                 help="A ControlNet or T2I-Adapter for the folder, called by its file's name; may be repeated."),
     click.option("--transparent", multiple=True, metavar="[KIND=]FILE",
                  help="A file of LayerDiffuse: decoder, encoder or a patch for the UNet; may be repeated. KIND, where "
                       "keys and name cannot tell: fg2bg, bg2fg, fg2ble, bg2ble; decoder or encoder for this family."),
@@ -27,10 +32,28 @@ further_options = options(
 
 
 def further_of(asked: dict[str, Any]) -> tuple[Further, ...]:
-    """Take the further networks out of the convert verb's parameters."""
+    """Take the further networks out of the parameters of a conversion that makes a folder."""
+    from glassine.convert.control import Control, control_networks
+
+    controls = [Control(Path(word)) for word in asked.pop("control")]
+    listed = (partial(control_networks, controls),) if controls else ()
+    return (*listed, *_transparent(asked.pop("transparent"), asked))
+
+
+def further_of_file(source: Path, asked: dict[str, Any]) -> tuple[Further, ...]:
+    """What the one file adds to a folder that is there."""
+    from glassine.convert.control import Control, control_networks
+    from glassine.convert.control_files import is_control
+
+    if is_control(source):
+        return (partial(control_networks, [Control(source, name=asked["name"], batch=asked["batch"])]),)
+    return _transparent((str(source),), asked)
+
+
+def _transparent(words: Sequence[str], asked: dict[str, Any]) -> tuple[Further, ...]:
     from glassine.convert.transparency import TransparentFile, transparent_networks
 
-    words, strength, scale = (asked.pop(name) for name in ("transparent", "patch_strength", "offset_scale"))
+    strength, scale = (asked.pop(name) for name in ("patch_strength", "offset_scale"))
     files = [TransparentFile.parse(word, strength=strength, offset_scale=scale) for word in words]
     return (partial(transparent_networks, files),) if files else ()
 
@@ -45,5 +68,5 @@ def check_places(base: Path | None, out: Path | None, asked: dict[str, Any]) -> 
         raise click.UsageError("Missing argument 'OUT': the folder to make; or --base, one to add to.")
     if base is not None and out is not None:
         raise click.UsageError("OUT is the folder to make, --base one to add to: say one of them.")
-    if base is not None and asked["transparent"]:
+    if base is not None and (asked["transparent"] or asked["control"]):
         raise click.UsageError("With --base the file to add is SOURCE itself, [KIND=]FILE.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glassine.commands.further import check_places, further_of, further_options
+from glassine.commands.further import check_places, further_of, further_of_file, further_options
 from glassine.commands.lora import extras_of, extras_options
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 
@@ -99,6 +99,7 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
       glassine convert dreamshaper_8.safetensors dreamshaper
       glassine convert dreamshaper_8.safetensors ink --lora ink.safetensors=0.8 --lora lcm.safetensors
       glassine convert unet.safetensors parts --part unet --size 768x512 --attention einsum
+      glassine convert control_v11p_sd15_canny.safetensors --base dreamshaper --name canny
       glassine convert vae_transparent_decoder.safetensors --base dreamshaper
     """
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
@@ -129,7 +130,7 @@ def _add(source: Path, base: Path, as_json: bool, asked: dict[str, Any]) -> None
     """Add the networks of one file to a folder."""
     from glassine.convert.addition import add_networks
 
-    further = further_of({**asked, "transparent": (str(source),)})
+    further = further_of_file(source, asked)
     how = {"overwrite": asked["overwrite"], "dry_run": asked["dry_run"]}
     with bar("reading") as advance:
         manifest = add_networks(base, further, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}"), **how)
@@ -151,8 +152,9 @@ def decisions(decided: Mapping[str, str]) -> list[str]:
 def inspect(model: Path, as_json: bool) -> None:
     """Show what is inside a model.
 
-    MODEL is a model folder or one .mlpackage: inputs, outputs, operations, parameters, FLOPs, precision, size. Or it is
-    what could be converted, a .safetensors file or a diffusers folder: what it is, and which tensor says so.
+    MODEL is a model folder, whoever converted it, or one .mlpackage: inputs, outputs, operations, parameters, FLOPs,
+    precision, size. Or it is what could be converted, a .safetensors file or a diffusers folder: what it is, and which
+    tensor says so.
 
     \b
     Example:
@@ -160,19 +162,22 @@ def inspect(model: Path, as_json: bool) -> None:
       glassine inspect dreamshaper/Unet.mlpackage --json
       glassine inspect dreamshaper_8.safetensors
     """
-    from glassine.manifest import FILE_NAME, Manifest
     from glassine.runtime.engine.portable.program import read_package
     from glassine.runtime.engine.portable.summary import summarise
+    from glassine.runtime.foreign import is_model, read_model
 
-    if model.is_file() or (model.suffix != ".mlpackage" and model.is_dir() and not (model / FILE_NAME).is_file()):
+    if model.is_file() or (model.suffix != ".mlpackage" and model.is_dir() and not is_model(model)):
         _inspect_source(model, as_json)
         return
     if model.suffix == ".mlpackage":
         packages, about = {model.stem: model}, {}
     else:
-        manifest = Manifest.read(model)
-        packages = {role: model / part.file for role, part in manifest.parts.items()}
-        about = {key: value for key, value in dataclasses.asdict(manifest).items() if key not in ("parts", "versions")}
+        found = read_model(model)
+        for notice in found.notices:
+            say(f"note: {notice}")
+        packages = found.packages()
+        about = dataclasses.asdict(found.manifest)
+        about = {key: value for key, value in about.items() if key not in ("parts", "versions")}
     programs = {role: read_package(package) for role, package in packages.items()}
     summaries = {role: summarise(program) for role, program in programs.items()}
     if as_json:

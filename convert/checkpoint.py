@@ -41,6 +41,12 @@ _COMPONENT_OF_CLASS = {
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder_2",
 }
+# Networks that steer a UNet, and what their keys begin with here.
+CONTROL_CLASSES = {"ControlNetModel": "control", "ControlNetUnionModel": "control", "T2IAdapter": "adapter"}
+CONTROL_ADVICE = (
+    "it steers a model and is none itself: add it to a converted one with 'glassine convert FILE --base FOLDER', or "
+    "convert it beside a checkpoint with --control FILE"
+)
 
 _NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a PyTorch pickle in a zip"),
@@ -275,13 +281,15 @@ def _open_folder(folder: Path) -> Checkpoint:
             "or one of its parts with its config.json"
         )
     tensors: dict[str, Tensor] = {}
-    configs = {part: _json(place / "config.json") for part, place in parts.items() if (place / "config.json").is_file()}
+    configs = {
+        part: read_json(place / "config.json") for part, place in parts.items() if (place / "config.json").is_file()
+    }
     for name, path in (
         ("scheduler", folder / "scheduler" / "scheduler_config.json"),
         ("", folder / "model_index.json"),
     ):
         if path.is_file():
-            configs[name if name else "model_index"] = _json(path)
+            configs[name if name else "model_index"] = read_json(path)
     for part, place in parts.items():
         tensors |= {f"{part}/{key}": tensor for key, tensor in _component_tensors(place, COMPONENTS[part])}
     return Checkpoint(path=folder, tensors=tensors, configs=configs)
@@ -297,7 +305,7 @@ def open_component(folder: Path, classes: Mapping[str, str]) -> Checkpoint:
     Raises:
         CheckpointError: config.json describes something else, or the weights are missing or damaged.
     """
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     part = classes.get(str(config.get("_class_name")))
     if part is None:
         said = f"{folder / 'config.json'}: describes {config.get('_class_name')}"
@@ -307,12 +315,14 @@ def open_component(folder: Path, classes: Mapping[str, str]) -> Checkpoint:
 
 
 def _component(folder: Path) -> str:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     architectures = config.get("architectures")
     names = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
     for name in names:
         if isinstance(name, str) and name in _COMPONENT_OF_CLASS:
             return _COMPONENT_OF_CLASS[name]
+    if config.get("_class_name") in CONTROL_CLASSES:
+        raise CheckpointError(f"{folder}: this is a {config['_class_name']}; {CONTROL_ADVICE}")
     known = ", ".join(_COMPONENT_OF_CLASS)
     raise CheckpointError(f"{folder / 'config.json'}: describes {names}, expected one of {known}")
 
@@ -336,7 +346,7 @@ def _component_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sharded(index: Path) -> Iterator[tuple[str, Tensor]]:
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: expected a weight_map from tensor to file")
     found: dict[str, Tensor] = {}
@@ -355,7 +365,12 @@ def _sharded(index: Path) -> Iterator[tuple[str, Tensor]]:
     yield from found.items()
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -18,14 +18,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.convert.checkpoint import Checkpoint, open_checkpoint, open_component, shorten
+from glassine.convert.checkpoint import CONTROL_CLASSES, Checkpoint, open_checkpoint, open_component, read_json, shorten
 from glassine.convert.names import RESNET_LDM, UNET_LDM, Layout, Lines, Source, map_names
 from glassine.convert.weights import FileWeights, Patch, Patched, Span, WeightSource
 from glassine.errors import CheckpointError, ConversionError
 
 Kind = Literal["controlnet", "union", "t2i_adapter"]
-
-_CLASSES = {"ControlNetModel": "control", "ControlNetUnionModel": "control", "T2IAdapter": "adapter"}
 
 _CONTROL_LDM: Lines = (
     *(line for line in UNET_LDM if not line[0].startswith("out")),
@@ -86,9 +84,13 @@ class ControlFile:
         return next(iter(self.checkpoint.configs.values()), {})
 
 
-def is_control(checkpoint: Checkpoint) -> bool:
-    """Whether the source is a control file, of any layout."""
-    return bool(_adapter_keys(checkpoint.tensors)) or _layout(checkpoint.tensors) is not None
+def is_control(path: Path) -> bool:
+    """Whether this is something that steers a UNet, of whatever layout, known here or not; it may have other faults."""
+    if path.is_dir():
+        return read_json(path / "config.json").get("_class_name") in CONTROL_CLASSES
+    keys = open_checkpoint(path).tensors
+    others = any(pattern.match(key) for key in keys for pattern, _ in _OTHERS)
+    return others or bool(_adapter_keys(keys)) or _layout(keys) is not None
 
 
 def open_control(path: Path, base: WeightSource) -> ControlFile:
@@ -102,7 +104,7 @@ def open_control(path: Path, base: WeightSource) -> ControlFile:
         CheckpointError: it cannot be read, or is no ControlNet and no T2I-Adapter.
         ConversionError: keys that belong to nothing, or deltas to weights that the base does not have.
     """
-    checkpoint = open_component(path, _CLASSES) if path.is_dir() else open_checkpoint(path)
+    checkpoint = open_component(path, CONTROL_CLASSES) if path.is_dir() else open_checkpoint(path)
     keys = checkpoint.tensors
     for pattern, what in _OTHERS:
         key = next((key for key in keys if pattern.match(key)), None)

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from glassine.convert.checkpoint import Checkpoint, shorten
+from glassine.convert.checkpoint import CONTROL_ADVICE, Checkpoint, shorten
 from glassine.convert.names import OPEN_CLIP_ORIGIN, Layout, Names, Part, find_layouts, map_names
 from glassine.convert.prediction import Distilled, read_training
 from glassine.convert.shapes import SUPPORTED, Shapes, read_text_encoder, read_unet, read_vae, time_id_count
@@ -39,10 +39,14 @@ _OTHER_FILES = tuple(
             "a LoRA",
             "a LoRA changes a checkpoint and is none itself",
         ),
-        (r"control_model\.|input_hint_block\.0\.|controlnet_cond_embedding\.|zero_convs\.", "a ControlNet", ""),
-        (r"lora_controlnet$", "a Control-LoRA", ""),
+        (
+            r"control_model\.|input_hint_block\.0\.|controlnet_cond_embedding\.|zero_convs\.",
+            "a ControlNet",
+            CONTROL_ADVICE,
+        ),
+        (r"lora_controlnet$", "a Control-LoRA", CONTROL_ADVICE),
         (r"(ip_adapter|image_proj)\.", "an IP-Adapter", ""),
-        (r"adapter\.body\.|body\.\d+\.(in_conv|block1)\.", "a T2I-Adapter", ""),
+        (r"adapter\.body\.|body\.\d+\.(in_conv|block1)\.", "a T2I-Adapter", CONTROL_ADVICE),
         (r"emb_params$|string_to_param|clip_[gl]$", "a textual-inversion embedding", ""),
         (r".*motion_modules\.", "an AnimateDiff motion module", ""),
         (r"conv_first\.weight$|model\.1\.sub\.", "an image upscaler", ""),

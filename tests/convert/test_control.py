@@ -86,7 +86,7 @@ def test_all_fourteen_of_v11_from_key_names_alone(checkpoints, controls, tmp_pat
         )
         assert config.pooled == network.about["global_pooling"] == ("shuffle" in stem)
         assert network.about["preprocessor"] == GUESSED[stem.rpartition("_")[2]]
-        assert is_control(network.source)
+        assert is_control(network.source.path)
     package = plan_packages([network], base.options.sizes, "model", lambda _: None)[0]
     assert package.lowered.parameters == 361_279_120
     shapes = [shape for shape, _ in package.lowered.outputs.values()]
