@@ -41,6 +41,10 @@ _ENDINGS = {
     **{"diff": "diff", "w_norm": "diff", "diff_b": "bias", "b_norm": "bias"},
     **{"oft_blocks": "oft_blocks", "rescale": "rescale"},
 }
+# LDM's names of the UNet's blocks, and patterns of the canonical ones: the lines of the converter read backwards.
+_UNET_TARGETS = [
+    (source, re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(target)))) for source, target in UNET_LDM
+]
 _LONGEST_FIRST = sorted(_ENDINGS, key=len, reverse=True)
 # diffusers' attention processors name the projection inside the ending: "attn1.processor.to_q_lora.down.weight".
 _PROCESSOR = re.compile(r"\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight$")
@@ -107,12 +111,12 @@ def ldm_names(name: str, blocks: int) -> list[str]:
         blocks: LDM's input blocks per level: the residual layers, and one for the downsampler.
     """
     found = []
-    for source, target in UNET_LDM:
-        match = re.match(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(target)), f"{name}.")
+    for source, target in _UNET_TARGETS:
+        match = target.match(f"{name}.")
         if match is None:
             continue
         rest = f"{name}."[match.end() :]
-        if ".resnets." in target:
+        if ".resnets." in match.group():
             rest = next((ours for ours, theirs in RESNET_LDM if theirs == rest), rest)
         found.append((source.format(**_numbers(match.groupdict(), blocks)) + rest).removesuffix("."))
     return found

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from glassine.convert.clone import clone_or_copy, link_or_copy, write_changed
 from glassine.convert.extras import file_sha256
-from glassine.convert.index import Index, read_indices
+from glassine.convert.index import Index, part_of, read_indices
 from glassine.convert.lora import Lora, LoraFile, lora_patches
 from glassine.convert.package import check_space
 from glassine.errors import PackageError
@@ -215,6 +215,12 @@ def _settled(folder: Path, store: Path) -> Manifest:
             )
     else:
         shutil.rmtree(store / "base", ignore_errors=True)
+    small = [part.file for part in manifest.parts.values() if part.palette is not None and part_of(part.role)]
+    if small:
+        raise PackageError(
+            f"{folder}: {', '.join(small)} holds palettes, into which nothing can be merged; "
+            "convert the checkpoint again with --lora and the palette"
+        )
     return manifest
 
 
