@@ -37,7 +37,7 @@ STAGES = {
     "vae": Stage(plan=Plan(steps=6000, batch=12, rate=1.5e-3), rows=131072),
     "decoder": Stage(plan=Plan(steps=14000, batch=12, rate=7e-4), rows=131072),
     "unet": Stage(plan=Plan(steps=12500, batch=128, rate=1e-3), rows=65536),
-    "control": Stage(plan=Plan(steps=5000, batch=128, rate=1e-3), rows=32768),
+    "control": Stage(plan=Plan(steps=8000, batch=128, rate=1e-3), rows=32768),
     "lcm": Stage(plan=Plan(steps=2000, batch=128, rate=1e-3), rows=16384),
     "alpha": Stage(plan=Plan(steps=3400, batch=12, rate=1e-3), rows=65536),
     "transparent": Stage(plan=Plan(steps=2000, batch=128, rate=1e-3), rows=32768),
