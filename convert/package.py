@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import open_weights
 from glassine.convert.clone import clone_or_copy, link_or_copy
-from glassine.convert.program import ALIGNMENT, BLOB_DTYPES, Lowered, Plan, Record, Weight
+from glassine.convert.palettize import encode
+from glassine.convert.program import ALIGNMENT, BLOB_DTYPES, Encoded, Lowered, Plan, Record, Weight, bits_of
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError, PackageError
 
@@ -121,7 +122,7 @@ def write_weights(path: Path, plan: Plan, weights: WeightSource, copied: Copied 
 
     Records are independent, so a few threads write them side by side: reading, checking and writing all happen outside
     of the interpreter's lock. A plan that continues an existing file takes its bytes from there; one that adds nothing
-    to it is that file.
+    to it is that file. What is lost by weights that are stored in fewer bits is noted in `plan.losses`.
     """
     before = 0
     if plan.onto is not None:
@@ -135,7 +136,7 @@ def write_weights(path: Path, plan: Plan, weights: WeightSource, copied: Copied 
         out = file.fileno()
         os.ftruncate(out, plan.file_size)
         _put(out, struct.pack("<II7Q", before + len(plan.records), 2, *[0] * 7), 0)
-        jobs = [pool.submit(_write_record, out, record, weights) for record in _in_source_order(plan, weights)]
+        jobs = [pool.submit(_write_records, out, records, plan, weights) for records in _in_source_order(plan, weights)]
         try:
             for job in jobs:
                 count = job.result()
@@ -147,17 +148,35 @@ def write_weights(path: Path, plan: Plan, weights: WeightSource, copied: Copied 
             raise
 
 
-def _write_record(out: int, record: Record, weights: WeightSource) -> int:
-    """Write one record; return its bytes."""
-    _put(out, _metadata(record), record.offset)
-    for data, position in _content(record, weights):
-        _put(out, data, record.data_offset + position)
-    return record.nbytes
+def _write_records(out: int, records: list[Record], plan: Plan, weights: WeightSource) -> int:
+    """Write one record, or those that one weight is stored in; return their bytes."""
+    content = records[0].content
+    if isinstance(content, Encoded):
+        encoding = encode(_half(content, weights), content.form)
+        plan.losses[content.weight.name] = encoding.loss
+    for record in records:
+        _put(out, _metadata(record), record.offset)
+        if isinstance(record.content, Encoded):
+            _put(out, encoding.items[record.content.item].data, record.data_offset)
+            continue
+        for data, position in _content(record, weights):
+            _put(out, data, record.data_offset + position)
+    return sum(record.nbytes for record in records)
+
+
+def _half(encoded: Encoded, weights: WeightSource) -> NDArray[np.float16]:
+    """The whole weight in fp16, as a plain record would hold it."""
+    half = np.empty(encoded.shape, np.float16)
+    flat = half.reshape(-1).view(np.uint8)
+    for data, position in _content(Record(0, encoded.shape, "float16", encoded.weight), weights):
+        flat[position : position + len(data)] = data
+    return half
 
 
 def _metadata(record: Record) -> bytes:
+    filled_up = 8 * record.nbytes - record.bits
     return struct.pack(
-        "<IIQQQ4Q", 0xDEADBEEF, BLOB_DTYPES[record.dtype], record.nbytes, record.data_offset, 0, *[0] * 4
+        "<IIQQQ4Q", 0xDEADBEEF, BLOB_DTYPES[record.dtype], record.nbytes, record.data_offset, filled_up, *[0] * 4
     )
 
 
@@ -178,19 +197,29 @@ def read_records(path: Path) -> list[Record]:
             magic, number, nbytes, start = struct.unpack("<IIQQ", file.read(24).ljust(24, b"\0"))
             if magic != 0xDEADBEEF or number not in dtypes or start != at + ALIGNMENT or start + nbytes > size:
                 raise PackageError(f"{path}: damaged at byte {at}: no record of weights; convert the model again")
-            records.append(Record(at, (nbytes // np.dtype(dtypes[number]).itemsize,), dtypes[number], b""))
+            records.append(Record(at, (8 * nbytes // bits_of(dtypes[number]),), dtypes[number], b""))
             at = -(-(start + nbytes) // ALIGNMENT) * ALIGNMENT
     return records
 
 
-def _in_source_order(plan: Plan, weights: WeightSource) -> list[Record]:
-    """Records in the order their bytes lie in the source: a cold disk is read from front to back."""
+def _in_source_order(plan: Plan, weights: WeightSource) -> list[list[Record]]:
+    """Records in the order their bytes lie in the source: a cold disk is read from front to back.
 
-    def place(record: Record) -> tuple[str, int]:
-        span = weights.span(record.content.name) if isinstance(record.content, Weight) else None
-        return (str(span.path), span.offset) if span is not None else ("", record.offset)
+    Those that one weight is stored in are together, so that it is read once.
+    """
 
-    return sorted(plan.records, key=place)
+    def place(records: list[Record]) -> tuple[str, int]:
+        content = records[0].content
+        weight = content.weight if isinstance(content, Encoded) else content
+        span = weights.span(weight.name) if isinstance(weight, Weight) else None
+        return (str(span.path), span.offset) if span is not None else ("", records[0].offset)
+
+    groups: dict[object, list[Record]] = {}
+    for record in plan.records:
+        content = record.content
+        key = (content.weight, content.shape, content.form) if isinstance(content, Encoded) else record.offset
+        groups.setdefault(key, []).append(record)
+    return sorted(groups.values(), key=place)
 
 
 def _content(record: Record, weights: WeightSource) -> Iterator[tuple[memoryview, int]]:
@@ -198,6 +227,7 @@ def _content(record: Record, weights: WeightSource) -> Iterator[tuple[memoryview
     if isinstance(record.content, bytes):
         yield memoryview(record.content), 0
         return
+    assert isinstance(record.content, Weight)
     weight = record.content
     span = weights.span(weight.name)
     if span is not None and span.dtype == record.dtype and weight.scale == 1.0:

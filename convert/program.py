@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from glassine.convert.checkpoint import shorten
+from glassine.convert.constexpr import compressed
+from glassine.convert.palettize import MAIN_ITEMS, Form, Item, Loss, Palette
 from glassine.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 # Core ML's blob file, MILBlob/Blob/StorageFormat.hpp: a 64-byte header, then per record 64 bytes of metadata and the
 # data, every record at a multiple of 64. A program's offset points at the metadata.
 ALIGNMENT = 64
-BLOB_DTYPES = {"float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int16": 6, "uint16": 7, "int32": 14, "uint32": 15}
+BLOB_DTYPES = {
+    "float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int16": 6, "uint16": 7, "uint4": 11, "uint6": 13, "int32": 14,
+    "uint32": 15,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,19 @@ class Weight:
     shape: tuple[int, ...]
     scale: float
     dtype: Literal["float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One item of what a weight is stored as in fewer bits; `shape` is the weight's in the program."""
+
+    weight: Weight
+    shape: tuple[int, ...]
+    form: Form
+    item: Item
+
+
+Content = Weight | Encoded | bytes
 
 
 class StandIn(np.ndarray[Any, np.dtype[Any]]):
@@ -122,17 +140,22 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of weight.bin: at `offset`, either a weight of the source or a literal of the graph."""
+    """One record of weight.bin: at `offset`, a weight of the source, a part of one, or a literal of the graph."""
 
     offset: int
     shape: tuple[int, ...]
     dtype: str
-    content: Weight | bytes
+    content: Content
+
+    @property
+    def bits(self) -> int:
+        """Size of the data, in bits; the last byte may be filled up."""
+        return int(np.prod(self.shape, dtype=np.int64)) * bits_of(self.dtype)
 
     @property
     def nbytes(self) -> int:
         """Size of the data, in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return -(-self.bits // 8)
 
     @property
     def data_offset(self) -> int:
@@ -140,7 +163,12 @@ class Record:
         return self.offset + ALIGNMENT
 
 
-def _identity(content: Weight | bytes, dtype: str) -> tuple[object, ...]:
+def bits_of(dtype: str) -> int:
+    """Return the size of one element, in bits."""
+    return int(dtype[4:]) if dtype in ("uint4", "uint6") else 8 * np.dtype(dtype).itemsize
+
+
+def _identity(content: Content, dtype: str) -> tuple[object, ...]:
     """What makes two records one."""
     return (content.name, content.scale, dtype) if isinstance(content, Weight) else (content, dtype)
 
@@ -150,18 +178,20 @@ class Plan:
     """What weight.bin will hold, record by record, in ascending order.
 
     onto: an existing weight.bin that this one continues; `begin` is its size, and `records` are only those behind it.
+    losses: by name, of the weights that were stored in fewer bits; known once they have been written.
     """
 
     records: list[Record] = field(default_factory=list)
     onto: Path | None = None
     begin: int = ALIGNMENT
+    losses: dict[str, Loss] = field(default_factory=dict, repr=False, compare=False)
     _offsets: dict[tuple[object, ...], int] = field(default_factory=dict, repr=False, compare=False)
 
-    def know(self, content: Weight | bytes, dtype: str, offset: int) -> None:
+    def know(self, content: Content, dtype: str, offset: int) -> None:
         """Note that this is in the existing file, in the record at `offset`, and need not be stored again."""
         self._offsets.setdefault(_identity(content, dtype), offset)
 
-    def place(self, content: Weight | bytes, shape: tuple[int, ...], dtype: str) -> int:
+    def place(self, content: Content, shape: tuple[int, ...], dtype: str) -> int:
         """Return the offset of this content, giving it the next free one if it is new.
 
         One weight in two shapes is one record: the elements are the same.
@@ -184,7 +214,7 @@ class Plan:
         return self.records[-1].data_offset + self.records[-1].nbytes if self.records else self.begin
 
     def weights(self) -> Iterator[tuple[Record, Weight]]:
-        """The records that come from the source."""
+        """The records that are weights of the source as they are."""
         for record in self.records:
             if isinstance(record.content, Weight):
                 yield record, record.content
@@ -192,7 +222,9 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Number of elements that come from the source."""
-        return sum(int(np.prod(record.shape, dtype=np.int64)) for record, _ in self.weights())
+        plain = sum(int(np.prod(record.shape, dtype=np.int64)) for record, _ in self.weights())
+        shapes = (c.shape for c in (r.content for r in self.records) if isinstance(c, Encoded) and c.item in MAIN_ITEMS)
+        return plain + sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,11 +257,13 @@ class Lowered:
     parameters: int
 
 
-def lower(program: Program, description: Description | None = None, plan: Plan | None = None) -> Lowered:
+def lower(
+    program: Program, description: Description | None = None, plan: Plan | None = None, palette: Palette | None = None
+) -> Lowered:
     """Turn `program` into a model and a weight plan; no weight is read.
 
     plan: of other programs, which this one is to share a weight.bin with: what they have too is not stored twice, what
-    is new goes behind it.
+    is new goes behind it. palette: which weights are stored in fewer bits; None: all as they are.
 
     Raises:
         ConversionError: a weight was folded into a constant or lost on its way through the graph.
@@ -242,7 +276,7 @@ def lower(program: Program, description: Description | None = None, plan: Plan |
     plan = Plan() if plan is None else plan
     version = int(program.functions["main"].opset_version)
     model = _model(program, version, description if description is not None else Description())
-    model.mlProgram.CopyFrom(_export(program, version, plan))
+    model.mlProgram.CopyFrom(_export(program, version, plan, palette))
     return Lowered(
         # Maps inside the message (functions, attributes) are unordered unless asked for: equal input, equal bytes.
         model=model.SerializeToString(deterministic=True),
@@ -278,7 +312,7 @@ def _check_provenance(program: Program) -> None:
                 raise ConversionError(f"{operation.op_type} {operation.name}: this operation would fold a weight")
 
 
-def _export(program: Program, version: int, plan: Plan) -> Any:
+def _export(program: Program, version: int, plan: Plan, palette: Palette | None) -> Any:
     """Export `program` to a MIL protobuf, placing big constants and every weight in `plan`."""
     # The exporter is coremltools' own, private but stable since 7.2; only where constants go is changed here.
     from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor, types_to_proto_primitive
@@ -287,9 +321,24 @@ def _export(program: Program, version: int, plan: Plan) -> Any:
         create_immediate_value,
         should_use_weight_file,
     )
-    from coremltools.converters.mil.mil import Var
+    from coremltools.converters.mil.mil import Operation, Var
 
     class Exporter(MILProtoExporter):  # type: ignore[misc]
+        def translate_const(self, op: Operation) -> Any:
+            value = op.outputs[0].val
+            weight = value.weight if isinstance(value, StandIn) else None
+            if palette is None or weight is None or weight.dtype != "float16":
+                return super().translate_const(op)
+            form = palette.form_of(weight.name, value.shape)
+            if form is None:
+                return super().translate_const(op)
+
+            def place(item: Item | bytes, shape: tuple[int, ...], dtype: str) -> int:
+                content = item if isinstance(item, bytes) else Encoded(weight, value.shape, form, item)
+                return plan.place(content, shape, dtype)
+
+            return compressed(op, form, version, place)
+
         def get_milproto_value(self, var: Var) -> Any:
             value = var.val
             if isinstance(value, StandIn):

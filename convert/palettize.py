@@ -1,0 +1,214 @@
+"""Weights in fewer bits: an index into a table of 2^b numbers, or an int8 with a scale a channel.
+
+    weight (fp16) -> palette or scales -> what its records in weight.bin hold
+
+The forms are those Core ML decompresses by itself: `constexpr_lut_to_dense` with one table (macOS 13) or a table for
+each group of output channels (macOS 15), and `constexpr_affine_dequantize` / `constexpr_blockwise_shift_scale`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.convert.kmeans import good_palette, nearest, optimal_palette
+from glassine.errors import ConversionError
+
+Half = NDArray[np.float16]
+Bytes = NDArray[np.uint8]
+Item = Literal["indices", "table", "values", "scales"]
+MAIN_ITEMS = ("indices", "values")  # of which there is one an element
+
+SMALLEST = 2048  # elements; smaller weights stay as they are
+EXACT = 1 << 16  # elements up to which the one table of a weight is the best there is
+_PIECE = 1 << 18  # elements at a time, so that what is made of them stays in the processor's cache
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a weight is stored: `bits` an element, in a table for each `group` output channels (0: one table)."""
+
+    kind: Literal["palette", "int8"]
+    bits: int
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        good = self.bits in ((4, 6, 8) if self.kind == "palette" else (8,)) and self.group >= 0
+        if not good or (self.kind == "int8" and self.group):
+            raise ConversionError(f"{self.kind} of {self.bits} bits: expected 8, 6 or 4 bits, or int8")
+
+    @classmethod
+    def read(cls, words: str) -> Form:
+        """Read "8", "6", "4", "6/16" (a table for each 16 output channels) or "int8".
+
+        Raises:
+            ConversionError: other words.
+        """
+        found = re.fullmatch(r"(int8)|([468])(?:/([1-9]\d{0,4}))?", words)
+        if found is None:
+            raise ConversionError(
+                f'palette "{words}": expected 8, 6, 4, int8, or 6/16 for a table for each 16 channels'
+            )
+        return cls("int8", 8) if found[1] else cls("palette", int(found[2]), int(found[3]) if found[3] else 0)
+
+    def __str__(self) -> str:
+        return "int8" if self.kind == "int8" else f"{self.bits}/{self.group}" if self.group else str(self.bits)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight can be stored so: a matrix or kernel, large enough, whose channels make whole groups."""
+        large = len(shape) > 1 and math.prod(shape) >= SMALLEST
+        return large and (not self.group or (shape[0] % self.group == 0 and self.group < shape[0]))
+
+    def items(self, shape: tuple[int, ...]) -> dict[Item, tuple[tuple[int, ...], str]]:
+        """What a weight of `shape` is stored as: item -> (shape, dtype), as iOS 18's operations have them."""
+        ones = (1,) * (len(shape) - 1)
+        if self.kind == "int8":
+            return {"values": (shape, "int8"), "scales": ((shape[0], *ones), "float16")}
+        tables = shape[0] // self.group if self.group else 1
+        return {"indices": (shape, f"uint{self.bits}"), "table": ((tables, *ones, 1 << self.bits, 1), "float16")}
+
+
+@dataclass(frozen=True, slots=True)
+class Palette:
+    """The form of every weight: `form` for all, but for those in `other` (None: it stays fp16)."""
+
+    form: Form
+    other: Mapping[str, Form | None] = field(default_factory=dict)
+
+    def form_of(self, name: str, shape: tuple[int, ...]) -> Form | None:
+        """Return the form of the weight `name`, or None if it stays as it is.
+
+        A weight whose channels make no whole groups gets one table.
+        """
+        name = name.rpartition(":")[2]
+        form = self.other.get(name, self.form)
+        if form is None or form.fits(shape):
+            return form
+        alone = Form(form.kind, form.bits)
+        return alone if alone.fits(shape) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a weight lost: sums of squares of its values and of the errors."""
+
+    form: Form
+    elements: int
+    power: float
+    error: float
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise, dB."""
+        return 10 * math.log10(self.power / self.error) if self.error and self.power else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """The bytes of a weight's items, and its loss."""
+
+    items: Mapping[Item, Bytes]
+    loss: Loss
+
+
+def encode(weight: Half, form: Form) -> Encoding:
+    """Store a weight (channels first, finite) in a form that `fits` it.
+
+    Raises:
+        ConversionError: a scale is out of the range of fp16.
+    """
+    if form.kind == "int8":
+        return _int8(weight, form)
+    flat = weight.reshape(-1)
+    bits = flat.view(np.uint16)
+    tables = weight.shape[0] // form.group if form.group else 1
+    size = len(flat) // tables
+    indices = np.empty(len(flat), np.uint8)
+    table = np.empty((tables, 1 << form.bits), np.float16)
+    power = error = 0.0
+    for number in range(tables):
+        part = slice(number * size, (number + 1) * size)
+        palette = _Table.of(bits[part], form.bits, exact=tables == 1 and len(flat) <= EXACT)
+        table[number] = palette.numbers
+        for start in range(part.start, part.stop, _PIECE):
+            stop = min(start + _PIECE, part.stop)
+            np.take(palette.codes, bits[start:stop], out=indices[start:stop])
+        power, error = power + palette.power, error + palette.error
+    packed = pack(indices, form.bits)
+    return Encoding({"indices": packed, "table": table.reshape(-1).view(np.uint8)}, Loss(form, len(flat), power, error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A palette in fp16, the index of every fp16 value (by its bits), and the loss over the weight it is made for."""
+
+    numbers: Half
+    codes: Bytes
+    power: float
+    error: float
+
+    @classmethod
+    def of(cls, bits: NDArray[np.uint16], width: int, *, exact: bool) -> _Table:
+        counts = np.zeros(1 << 16, np.int64)
+        for start in range(0, len(bits), _PIECE):
+            counts += np.bincount(bits[start : start + _PIECE], minlength=1 << 16)
+        present = np.flatnonzero(counts).astype(np.uint16)
+        values = present.view(np.float16).astype(np.float64)
+        values, where = np.unique(values, return_inverse=True)  # ascending; -0 and 0 are one
+        weight = np.bincount(where, counts[present].astype(np.float64))
+        make = optimal_palette if exact else good_palette
+        numbers = np.sort(make(values, weight, 1 << width).astype(np.float16))
+        # The means were rounded to fp16, so which one is nearest is asked of the rounded ones.
+        index = nearest(values, numbers.astype(np.float64))
+        error = float(weight @ (values - numbers.astype(np.float64)[index]) ** 2)
+        codes = np.zeros(1 << 16, np.uint8)
+        codes[present] = index[where]
+        whole = np.pad(numbers, (0, (1 << width) - len(numbers)), mode="edge")
+        return cls(whole, codes, float(weight @ values**2), error)
+
+
+def _int8(weight: Half, form: Form) -> Encoding:
+    """Round to a scale a channel, symmetric: scale * (-127 ... 127)."""
+    rows = weight.reshape(weight.shape[0], -1)
+    values = np.empty(rows.shape, np.int8)
+    largest = np.maximum(rows.max(axis=1), -rows.min(axis=1)).astype(np.float32)
+    scales = (largest / 127).astype(np.float16)
+    scales[scales == 0] = np.finfo(np.float16).smallest_subnormal
+    power = error = 0.0
+    step = max(1, _PIECE // rows.shape[1])
+    for start in range(0, len(rows), step):
+        exact = rows[start : start + step].astype(np.float32)
+        scale = scales[start : start + step, None].astype(np.float32)
+        whole = np.clip(np.rint(exact / scale), -127, 127)
+        values[start : start + step] = whole
+        power += float(np.vdot(exact, exact))
+        lost = exact - whole * scale
+        error += float(np.vdot(lost, lost))
+    items: dict[Item, Bytes] = {"values": values.reshape(-1).view(np.uint8), "scales": scales.view(np.uint8)}
+    return Encoding(items, Loss(form, weight.size, power, error))
+
+
+def pack(indices: Bytes, bits: int) -> Bytes:
+    """Pack indices of `bits` bits, the first one in the lowest bits, as Core ML reads them; the end is filled up."""
+    if bits == 8:
+        return indices
+    per_word, word = {4: (2, 1), 6: (4, 3)}[bits]  # indices, and the bytes they fill
+    padded = indices if len(indices) % per_word == 0 else np.pad(indices, (0, -len(indices) % per_word))
+    packed = np.empty(len(padded) // per_word * word, np.uint8)
+    step = _PIECE // per_word * per_word
+    for start in range(0, len(padded), step):
+        columns = padded[start : start + step].reshape(-1, per_word)
+        out = packed[start // per_word * word :][: len(columns) * word].reshape(-1, word)
+        if bits == 4:
+            out[:, 0] = columns[:, 0] | columns[:, 1] << 4
+        else:
+            out[:, 0] = columns[:, 0] | columns[:, 1] << 6
+            out[:, 1] = columns[:, 1] >> 2 | columns[:, 2] << 4
+            out[:, 2] = columns[:, 2] >> 4 | columns[:, 3] << 2
+    return packed[: -(-len(indices) * bits // 8)]
