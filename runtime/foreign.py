@@ -54,6 +54,30 @@ class Model:
     refiner: Manifest | None = None
     notices: tuple[str, ...] = ()
 
+    def packages(self) -> dict[str, Path]:
+        """Return every .mlpackage, by role and, for a network in chunks, its number.
+
+        Raises:
+            PackageError: they are compiled, and what is inside can be seen in the packages only.
+        """
+        packages: dict[str, Path] = {}
+        for role, part in self.manifest.parts.items():
+            files = part.about.get("chunks", [part.file])
+            names = [role] if len(files) == 1 else [f"{role} {number}" for number in range(1, len(files) + 1)]
+            packages.update({name: self.folder / file for name, file in zip(names, files, strict=True)})
+        compiled = [path.name for path in packages.values() if path.suffix == COMPILED]
+        if compiled:
+            raise PackageError(
+                f"{self.folder}: {', '.join(compiled)}: compiled for Core ML; what is inside can be seen in the "
+                ".mlpackage only"
+            )
+        return packages
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a converted model, or a part of one: Glassine's, or as others make it."""
+    return (folder / FILE_NAME).is_file() or bool(_places(folder)) or bool(_files(folder))
+
 
 def read_model(folder: Path) -> Model:
     """Read a folder that Glassine or somebody else converted.
@@ -194,6 +218,11 @@ def _described(folder: Path, name: str, parts: Mapping[str, Part], version: str)
         latent_scale=0.13025 if numbers else 0.18215,
         clip_skip=2 if numbers else 1,
         parts={role: _padded(part, family) for role, part in parts.items()},
+        decided={
+            "family": f"a UNet that reads {f'{numbers} time_ids' if numbers else f'text {width} wide'}",
+            "prediction_type": f"{family}'s, as the packages do not say" if not notices else notices[0],
+            "latent_scale": f"{family}'s, as the packages do not say",
+        },
         defaults={"steps": 4, "sampler": "lcm", "guidance_scale": 8.0} if "timestep_cond" in inputs else {},
     )
     return manifest, notices

@@ -1,0 +1,215 @@
+"""Folders that others made: what is read out of them, and that they draw as Glassine's own with the same networks."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import coremltools as ct
+import numpy as np
+import pytest
+from coremltools.models.utils import bisect_model, rename_feature
+
+from glassine.errors import EngineError, PackageError
+from glassine.runtime.engine.contract import COMPILED
+from glassine.runtime.foreign import is_model, read_model
+from glassine.runtime.pipeline import Pipeline
+from glassine.runtime.request import Request
+
+# coremltools leaves temporary folders to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Implicitly cleaning up:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+APPLE = "Stable_Diffusion_version_runwayml_stable-diffusion-v1-5"
+PYTHON = {"TextEncoder": "text_encoder", "Unet": "unet", "VAEDecoder": "vae_decoder", "VAEEncoder": "vae_encoder"}
+REQUEST = Request(prompt="a paper boat", negative_prompt="blurry", steps=2, seed=3)
+
+
+@pytest.fixture
+def bundle(tiny_folder, tmp_path):
+    """The packages and the vocabulary of a Glassine folder, as in a Swift bundle: nothing else says what they are."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("glassine.json", "*.weights.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(tiny_folder):
+    with Pipeline.load(tiny_folder) as pipe:
+        return pipe.run(REQUEST).finish().latents
+
+
+def drawn(folder):
+    with Pipeline.load(folder) as pipe:
+        return pipe.run(REQUEST).finish().latents
+
+
+def test_a_swift_bundle_draws_the_same(bundle, latents):
+    assert np.array_equal(drawn(bundle), latents)
+
+
+def test_everything_follows_from_the_packages(bundle, tiny_folder):
+    ours, theirs = read_model(tiny_folder).manifest, read_model(bundle).manifest
+    for name in ("prediction_type", "width", "height", "batch", "tokens", "latent_scale", "clip_skip", "scheduler"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert theirs.family == "sd15"
+    assert set(theirs.parts) == set(ours.parts)
+    for role, part in ours.parts.items():
+        assert theirs.parts[role].inputs == part.inputs
+        assert theirs.parts[role].outputs == part.outputs
+
+
+@pytest.mark.parametrize("below", ["split_einsum/packages", "Resources", "model/original/packages"])
+def test_the_layouts_of_repositories(bundle, tmp_path, latents, below):
+    """Names of Apple's Python code, in the folders of a coreml-* repository, without a vocabulary."""
+    root = tmp_path / "coreml-stable-diffusion-v1-5"
+    place = root / below
+    place.mkdir(parents=True)
+    for swift, python in PYTHON.items():
+        shutil.move(bundle / f"{swift}.mlpackage", place / f"{APPLE}_{python}.mlpackage")
+    opened = root / "model" if below.startswith("model") else root
+    assert is_model(opened)
+    assert read_model(opened).vocabulary is None
+    assert np.array_equal(drawn(opened), latents)
+
+
+def test_one_of_several_models_is_not_chosen_silently(bundle, tmp_path):
+    for name in ("original", "split_einsum"):
+        shutil.copytree(bundle, tmp_path / "repository" / name / "packages")
+    with pytest.raises(PackageError, match=r"several models; take one of .*original/packages, split_einsum/packages"):
+        read_model(tmp_path / "repository")
+
+
+def test_the_vocabulary_above_the_packages(bundle, tmp_path):
+    place = tmp_path / "repository" / "packages"
+    shutil.move(bundle, place)
+    (place.parent / "tokenizer").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.move(place / name, place.parent / "tokenizer" / name)
+    assert read_model(tmp_path / "repository").vocabulary == place.parent / "tokenizer"
+
+
+def edited(package, change):
+    """Change a package's specification in place."""
+    path = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
+    spec = ct.utils.load_spec(str(package))
+    change(spec)
+    path.write_bytes(spec.SerializeToString())
+
+
+def test_single_inputs_and_outputs_may_have_any_name(bundle, latents):
+    edited(bundle / "Unet.mlpackage", lambda spec: rename_feature(spec, "noise_pred", "var_7301"))
+    edited(bundle / "VAEDecoder.mlpackage", lambda spec: rename_feature(spec, "z", "latent_in"))
+    edited(bundle / "TextEncoder.mlpackage", lambda spec: rename_feature(spec, "input_ids", "tokens"))
+    with Pipeline.load(bundle) as pipe:
+        result = pipe.run(REQUEST).finish()
+    assert np.array_equal(result.latents, latents)
+    assert result.pixels.shape == (64, 64, 3)
+
+
+def test_a_text_encoder_that_wants_integers(bundle, latents):
+    def change(spec):
+        spec.description.input[0].type.multiArrayType.dataType = 131104  # int32
+        function = spec.mlProgram.functions["main"]
+        function.inputs[0].type.tensorType.dataType = 23
+
+    edited(bundle / "TextEncoder.mlpackage", change)
+    assert np.array_equal(drawn(bundle), latents)
+
+
+@pytest.mark.slow  # cutting takes coremltools 25 s
+def test_chunks_run_in_sequence(bundle, tmp_path, latents):
+    bisect_model(str(bundle / "Unet.mlpackage"), str(tmp_path), check_output_correctness=False)
+    shutil.rmtree(bundle / "Unet.mlpackage")
+    for number in (1, 2):
+        (chunk,) = tmp_path.glob(f"*chunk{number}.mlpackage")
+        chunk.rename(bundle / f"UnetChunk{number}.mlpackage")
+    assert read_model(bundle).manifest.parts["unet"].about["chunks"] == ["UnetChunk1.mlpackage", "UnetChunk2.mlpackage"]
+    assert np.abs(drawn(bundle) - latents).max() / np.abs(latents).max() < 1e-3
+
+
+def test_a_chunk_that_is_missing(bundle):
+    (bundle / "Unet.mlpackage").rename(bundle / "UnetChunk2.mlpackage")
+    with pytest.raises(PackageError, match="chunk 1 of the unet is missing"):
+        read_model(bundle)
+
+
+def test_what_is_missing_is_said(bundle, tmp_path):
+    (bundle / "Unet.mlpackage").rename(bundle / "Network.mlpackage")
+    with pytest.raises(PackageError, match=r"no UNet among TextEncoder\.mlpackage, .*; expected Unet\.mlpackage"):
+        read_model(bundle)
+    with pytest.raises(PackageError, match=r"no glassine\.json here"):
+        read_model(tmp_path / "nowhere")
+    assert not is_model(tmp_path)
+
+
+def test_a_part_of_another_size(bundle, tmp_path):
+    def change(spec):
+        spec.description.input[0].type.multiArrayType.shape[:] = [1, 4, 12, 12]
+
+    edited(bundle / "VAEDecoder.mlpackage", change)
+    with pytest.raises(PackageError, match=r"reads \(1, 4, 12, 12\), the UNet draws 8x8 latent cells"):
+        read_model(bundle)
+
+
+def test_a_network_that_is_no_unet(bundle):
+    edited(bundle / "Unet.mlpackage", lambda spec: rename_feature(spec, "timestep", "time"))
+    with pytest.raises(PackageError, match=r"its inputs are sample .*; expected sample \(B, C, h, w\), timestep and"):
+        read_model(bundle)
+
+
+def compiled(package):
+    """A .mlmodelc in the place of a package: all that can be read without Core ML is metadata.json."""
+    declared = ct.utils.load_spec(str(package)).description
+    kinds = {65552: "Float16", 65568: "Float32"}
+
+    def schema(features):
+        return [
+            {
+                "hasShapeFlexibility": "0", "isOptional": "0", "dataType": kinds[f.type.multiArrayType.dataType],
+                "shape": str(list(f.type.multiArrayType.shape)), "name": f.name, "type": "MultiArray",
+            }
+            for f in features
+        ]  # fmt: skip
+
+    folder = package.with_suffix(COMPILED)
+    folder.mkdir()
+    (folder / "coremldata.bin").write_bytes(b"")
+    said = {"inputSchema": schema(declared.input), "outputSchema": schema(declared.output), "version": "tiny"}
+    (folder / "metadata.json").write_text(json.dumps([said]), encoding="utf-8")
+    return folder
+
+
+def test_compiled_models_are_read_without_core_ml(bundle):
+    expected = read_model(bundle).manifest
+    for package in sorted(bundle.glob("*.mlpackage")):
+        compiled(package)
+        shutil.rmtree(package)
+    found = read_model(bundle).manifest
+    assert found.sizes == expected.sizes
+    for role, part in expected.parts.items():
+        assert found.parts[role].file == Path(part.file).with_suffix(COMPILED).name
+        assert found.parts[role].inputs == part.inputs
+    if sys.platform != "darwin":
+        with pytest.raises(EngineError, match=r"TextEncoder\.mlmodelc: compiled for Core ML, which is macOS's"):
+            drawn(bundle)
+
+
+@pytest.mark.parametrize(("platform", "suffix"), [("linux", ".mlpackage"), ("darwin", COMPILED)])
+def test_what_runs_here_is_taken(bundle, monkeypatch, platform, suffix):
+    monkeypatch.setattr(sys, "platform", platform)
+    compiled(bundle / "Unet.mlpackage")
+    assert read_model(bundle).manifest.parts["unet"].file == f"Unet{suffix}"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '[{"inputSchema": [{}]}]'])
+def test_compiled_models_without_a_readable_description(bundle, text):
+    folder = compiled(bundle / "Unet.mlpackage")
+    shutil.rmtree(bundle / "Unet.mlpackage")
+    (folder / "metadata.json").write_text(text, encoding="utf-8")
+    with pytest.raises(PackageError, match="not what coremlcompiler writes"):
+        read_model(bundle)
+    (folder / "metadata.json").unlink()
+    with pytest.raises(PackageError, match=r"has no metadata\.json"):
+        read_model(bundle)
