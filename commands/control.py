@@ -28,8 +28,8 @@ control_option = click.option(
     "--control", "controls", multiple=True, metavar="NET=IMAGE[:weight=0.8...]",
     callback=lambda _, __, values: tuple(read_control(value) for value in values),
     help="Steer with a control net of the model's and its picture; may be repeated. Settings: weight (0 to 2), start "
-         "and stop (shares of the steps), mode (balanced, prompt, control), preprocess (canny ...), map, mask, type, "
-         "fit: see docs/control.md.",
+         "and stop (shares of the steps), mode (balanced, prompt, control, guess), preprocess (canny ...), map, mask, "
+         "type, fit: see docs/control.md.",
 )  # fmt: skip
 
 

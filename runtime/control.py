@@ -5,7 +5,7 @@
 A control network reads a picture, the hint, beside the noisy latents; what it returns, the residuals, are added inside
 the UNet. Everything here is a rule about how much of which residual is added where and when; the nets themselves are
 called in `control_nets.py`. Sources: ControlNet (Zhang et al. 2023, arXiv 2302.05543); the modes are those of
-sd-webui-controlnet, the soft weights ControlNet's own "guess mode".
+sd-webui-controlnet, their soft weights those of ControlNet's own "guess mode".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glassine.errors import RequestError
 from glassine.runtime.image import Source
 
 Float = NDArray[np.float32]
-Mode = Literal["balanced", "prompt", "control"]
+Mode = Literal["balanced", "prompt", "control", "guess"]
 Interval = Literal["diffusers", "a1111"]
 Fit = Literal["crop", "fit", "stretch"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -44,7 +44,7 @@ class Control:
     weight: 0 (not called at all) to 2; a tuple has one weight for each picture of a batch (each layer).
     start, stop: the share of the run's steps in which the net is called, 0 to 1; `interval` says how they are counted.
     mode: "balanced"; "prompt": soft weights, so that the prompt counts more; "control": soft weights, and the negative
-        prompt is left without control, so that the control counts more.
+        prompt is left without control, so that the control counts more; "guess": the same with diffusers' soft weights.
     map: how much of the control there is where: a grey picture, an array in [0, 1] or words (docs/change-maps.md).
     mask: what an inpainting net shall draw anew (white); these pixels of the hint become -1.
     control_type: of a Union net, what kind of hint this is.
@@ -143,11 +143,16 @@ def recorded(ready: ReadyControl) -> dict[str, Any]:
     }
 
 
-def soft_weights(kind: str, count: int) -> tuple[float, ...]:
-    """Return what each of a net's residuals counts in the modes "prompt" and "control", the middle block's last.
+def mode_weights(mode: Mode, kind: str, count: int) -> tuple[float, ...]:
+    """Return what each of a net's residuals counts in a mode, the middle block's last.
 
-    SDXL's ten residuals get the first ten numbers of the thirteen, as in sd-webui-controlnet: its middle counts 0.56.
+    Soft weights fall by 0.825 from one residual to the one before. SDXL's ten get the first ten numbers of thirteen, as
+    in sd-webui-controlnet: its middle counts 0.56. diffusers' guess mode goes evenly, as logarithms, from 0.1 to 1.
     """
+    if mode == "balanced":
+        return (1.0,) * count
+    if mode == "guess":
+        return tuple(np.logspace(-1, 0, count).tolist())
     if kind == "t2i_adapter":
         return ADAPTER_SOFT[:count]
     return tuple(SOFT_BASE ** (SOFT_TOP - j) for j in range(count))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError, RequestError
-from glassine.runtime.control import Control, Float, ReadyControl, at_size, soft_weights
+from glassine.runtime.control import Control, Float, ReadyControl, at_size, mode_weights
 from glassine.runtime.denoiser import Inputs, NetworkCall, Predict, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,15 +127,14 @@ class _Steered:
 
     def __init__(self, ready: ReadyControl, net: Net) -> None:
         self.control, self.net = ready.control, net
-        self._cond_only = self.control.mode == "control" or bool(net.about.get("global_pooling"))
+        self._cond_only = self.control.mode in ("control", "guess") or bool(net.about.get("global_pooling"))
         self._given = {HINT: _hint_of(ready, net)}
         if TYPE in net.inputs:
             self._given[TYPE] = np.tile(_type_of(self.control, net), (net.rows, 1))
         self._once = None if "sample" in net.inputs else lambda: net.predict(**self._given)
         self._features: Inputs | None = None
-        soft = self.control.mode != "balanced"
-        weights = soft_weights(net.kind, len(net.outputs)) if soft else (1.0,) * len(net.outputs)
-        self.plain = not soft and ready.map is None and set(self.control.weights) == {1.0}
+        weights = mode_weights(self.control.mode, net.kind, len(net.outputs))
+        self.plain = {*weights, *self.control.weights} == {1.0} and ready.map is None
         self._scales: dict[str, Any] = {name: weights[_number(name)] for name in net.outputs}
         if ready.map is not None:
             for name, (_, _, *size) in net.outputs.items():

@@ -63,6 +63,7 @@ CONTROL_MODES = {
     "balanced": "Balanced",
     "prompt": "My prompt is more important",
     "control": "ControlNet is more important",
+    "guess": "ControlNet is more important",  # A1111 has no name for diffusers' weights
 }
 AUTOMATIC = "Automatic"  # the sampler's own schedule
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glassine.errors import EngineError, RequestError
-from glassine.runtime.control import Control, ReadyControl, at_size, soft_weights
+from glassine.runtime.control import Control, ReadyControl, at_size, mode_weights
 from glassine.runtime.control_nets import ControlNets, Net
 from glassine.runtime.denoiser import NetworkCall, Row
 
@@ -76,9 +76,9 @@ def expected(call: NetworkCall, controls: list[ReadyControl], *, cond_only: bool
     """The sums, one product at a time."""
     sums = {name: np.zeros((len(call.rows), *shape), np.float32) for name, shape in RESIDUALS.items()}
     for one in controls:
-        soft = soft_weights("controlnet", 3) if one.control.mode != "balanced" else (1, 1, 1)
+        soft = mode_weights(one.control.mode, "controlnet", 3)
         for row, (picture, branch) in enumerate(call.rows):
-            if branch != "cond" and (cond_only or one.control.mode == "control"):
+            if branch != "cond" and (cond_only or one.control.mode in ("control", "guess")):
                 continue
             for j, (name, shape) in enumerate(RESIDUALS.items()):
                 given = call.inputs["sample"][row, :4], call.inputs["encoder_hidden_states"][row], one.hint[0]
@@ -98,7 +98,7 @@ TWO = (Row(0, "uncond"), Row(0, "cond"), Row(1, "uncond"), Row(1, "cond"))
 RAMP = np.tile(np.linspace(0, 1, 8 * SIDE, dtype=np.float32), (8 * SIDE, 1))
 
 
-@pytest.mark.parametrize("mode", ["balanced", "prompt", "control"])
+@pytest.mark.parametrize("mode", ["balanced", "prompt", "control", "guess"])
 @pytest.mark.parametrize("net_rows", [1, 2, 3])
 @pytest.mark.parametrize(("unet_rows", "wanted"), [(1, BOTH[:1]), (1, BOTH[1:]), (2, BOTH), (4, TWO), (4, TWO[:3])])
 def test_sums_of_two_nets(mode: str, net_rows: int, unet_rows: int, wanted: tuple[Row, ...]) -> None:
@@ -324,12 +324,15 @@ def test_intervals(steps: int, start: float, stop: float) -> None:
         assert a1111.acts(i, steps) == (start <= i / steps <= stop)
 
 
-def test_soft_weights_are_those_of_sd_webui_controlnet() -> None:
-    weights = soft_weights("controlnet", 13)
+def test_soft_weights_are_those_of_sd_webui_controlnet_and_of_diffusers() -> None:
+    assert set(mode_weights("balanced", "controlnet", 13)) == {1.0}
+    weights = mode_weights("prompt", "controlnet", 13)
+    assert weights == mode_weights("control", "controlnet", 13)
     assert (round(weights[0], 4), weights[12]) == (0.0994, 1.0)
-    assert np.allclose(weights, np.logspace(-1, 0, 13), atol=1e-3)  # diffusers' guess mode; measured 9e-4
-    assert round(soft_weights("controlnet", 10)[-1], 4) == 0.5615  # SDXL's middle
-    assert soft_weights("t2i_adapter", 4) == (0.25, 0.62, 0.825, 1.0)
+    assert np.allclose(weights, mode_weights("guess", "controlnet", 13), atol=1e-3)  # measured 9e-4
+    assert mode_weights("guess", "controlnet", 10) == tuple(np.logspace(-1, 0, 10))
+    assert round(mode_weights("control", "controlnet", 10)[-1], 4) == 0.5615  # SDXL's middle
+    assert mode_weights("prompt", "t2i_adapter", 4) == (0.25, 0.62, 0.825, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +343,7 @@ def test_soft_weights_are_those_of_sd_webui_controlnet() -> None:
         ({"weight": float("nan")}, "weight is nan"),
         ({"start": -0.1}, "start is -0.1, expected 0 to 1, a share of the steps"),
         ({"stop": 1.5}, "stop is 1.5"),
-        ({"mode": "mine"}, "mode is 'mine', expected one of balanced, prompt, control"),
+        ({"mode": "mine"}, "mode is 'mine', expected one of balanced, prompt, control, guess"),
         ({"interval": "mine"}, "interval is 'mine', expected one of diffusers, a1111"),
         ({"fit": "mine"}, "fit is 'mine', expected one of crop, fit, stretch"),
     ],
