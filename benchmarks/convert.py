@@ -1,11 +1,13 @@
-"""How fast and small is conversion? SD 1.5 with random fp16 weights, against `cp` of the same bytes.
+"""How fast and small is conversion? A family at its full size with random fp16 weights, against `cp` of the same bytes.
 
     python benchmarks/convert.py                     # the UNet (860 M parameters, 1.72 GB), then the whole checkpoint
     python benchmarks/convert.py --trace             # and jit.trace + coremltools.convert of diffusers' UNet (7 GB)
+    python benchmarks/convert.py --family sdxl --only whole    # 3.5 G parameters, 6.9 GB; also sd2 and sdxl_refiner
     python benchmarks/convert.py --python PATH       # measure the `glassine` of another interpreter (one without torch)
 
-Needs 10 GB of free disk. Before every run the disk is left alone until all earlier writes have reached it; writing
-itself goes through the page cache on both sides, as neither cp nor glassine waits for the disk.
+Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the disk is left alone until
+all earlier writes have reached it; writing itself goes through the page cache on both sides, as neither cp nor glassine
+waits for the disk.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ SEED = 0
 Run = Callable[[], tuple[float, float]]  # wall seconds, peak MB
 
 
-def make(path: Path, whole: bool) -> None:
+def make(path: Path, family: str, whole: bool) -> None:
     """Write the checkpoint: every tensor different, every value finite, |w| < 2."""
     import json
     import math
@@ -37,8 +39,9 @@ def make(path: Path, whole: bool) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from support import checkpoints
 
-    unet = {f"model.diffusion_model.{key}": shape for key, shape in checkpoints.ldm_unet(checkpoints.SD15).items()}
-    shapes = checkpoints.ldm_checkpoint(checkpoints.SD15) if whole else unet
+    sizes = checkpoints.FULL_SIZE[family]
+    unet = {f"model.diffusion_model.{key}": shape for key, shape in checkpoints.ldm_unet(sizes).items()}
+    shapes = checkpoints.ldm_checkpoint(sizes) if whole else unet
     header, offset = {}, 0
     for key, shape in shapes.items():
         size = 2 * math.prod(shape)
@@ -114,7 +117,7 @@ def question(label: str, source: Path, out: Path, asked: argparse.Namespace, *pa
     }
     print(f"{label}: {source.stat().st_size / 1e9:.2f} GB")
     results = rounds(contenders, out, warmup=asked.warmup, repeats=asked.repeats)
-    if asked.trace and "--part" in part:
+    if asked.trace and asked.family == "sd15" and "--part" in part:
         route = [sys.executable, __file__, "--child", "trace", str(source), str(out / "traced.mlpackage")]
         results |= rounds({"trace": lambda: measure.child(route, **quiet)}, out, warmup=0, repeats=1)
     walls = {name: [wall for wall, _ in runs] for name, runs in results.items()}
@@ -135,7 +138,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--trace", action="store_true", help="also the trace-and-convert route, once")
+    parser.add_argument("--family", default="sd15", choices=["sd15", "sd2", "sdxl", "sdxl_refiner"])
+    parser.add_argument("--only", choices=["unet", "whole"], help="one of the two questions")
+    parser.add_argument("--trace", action="store_true", help="also the trace-and-convert route of SD 1.5, once")
     parser.add_argument("--python", default=sys.executable, help="the interpreter whose glassine is measured")
     parser.add_argument("--attention", default="split")
     parser.add_argument("--folder", type=Path, help="where the files go while this runs")
@@ -146,21 +151,24 @@ def main() -> None:
         if what == "trace":
             trace(Path(first), Path(second))
         else:
-            make(Path(second), first == "whole")
+            make(Path(second), asked.family, first == "whole")
         return
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
         out = Path(place) / "out"
-        result: dict[str, Any] = {"seed": SEED, "attention": asked.attention}
+        result: dict[str, Any] = {"seed": SEED, "attention": asked.attention, "family": asked.family}
         without = "import importlib.util as u; print(u.find_spec('torch') is None)"
         done = subprocess.run([asked.python, "-c", without], check=True, capture_output=True, text=True)
         result["without_torch"] = done.stdout.strip() == "True"
         for label, part in (("unet", ("--part", "unet")), ("whole", ())):
+            if asked.only not in {None, label}:
+                continue
             source = Path(place) / f"{label}.safetensors"
             # A child makes the file: memory that this process ever held would count as its children's.
-            subprocess.run([sys.executable, __file__, "--child", "make", label, str(source)], check=True)
+            make_it = [sys.executable, __file__, "--family", asked.family, "--child", "make", label, str(source)]
+            subprocess.run(make_it, check=True)
             result |= question(label, source, out, asked, *part)
             source.unlink()
-    measure.record("convert", result)
+    measure.record("convert" if asked.family == "sd15" else f"convert_{asked.family}", result)
 
 
 if __name__ == "__main__":

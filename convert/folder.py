@@ -32,6 +32,7 @@ from glassine.convert.packages import (
 )
 from glassine.convert.program import Requests
 from glassine.convert.shapes import SAMPLE_CHANNELS
+from glassine.convert.vae_range import probe_vae
 from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
 from glassine.manifest import FILE_NAME, STORE, Manifest
@@ -98,6 +99,7 @@ def convert_checkpoint(
     networks = _networks(checkpoint, detected, options)
     for listed in options.further:
         networks += listed(_base(checkpoint, detected, networks, options))
+    networks = [network.with_palette(options.palette) for network in networks]
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if any(network.role in TEXT_ROLES for network in networks) else {}
     with digests(hashed_files(networks), skip=options.dry_run) as digest:
@@ -131,7 +133,7 @@ def _networks(checkpoint: Checkpoint, detected: Detected, options: ConvertOption
     """The networks to convert, in the order a picture meets them."""
     roles = _roles(checkpoint, detected, options)
     family = detected.family
-    vae_precision, vae_about = _vae_precision(checkpoint, detected, options)
+    vae_precision, vae_about = _vae_precision(checkpoint, detected, roles, options)
     # The two ways of a VAE share a file; converting one leaves the other's weights, by their names.
     other = {"vae_decoder": ("encoder.", "quant_conv."), "vae_encoder": ("decoder.", "post_quant_conv.")}
     return [
@@ -246,16 +248,27 @@ def _about(role: Role, family: Family) -> dict[str, Any]:
 
 
 def _vae_precision(
-    checkpoint: Checkpoint, detected: Detected, options: ConvertOptions
+    checkpoint: Checkpoint, detected: Detected, roles: list[Role], options: ConvertOptions
 ) -> tuple[Precision, dict[str, Any]]:
     """fp16 unless the VAE needs a wider range, and what decided."""
     if options.vae_precision is not None:
         return options.vae_precision, {"why": "asked for"}
-    if not detected.family.wide_vae:
+    if not detected.family.wide_vae or not any(role in VAE_ROLES for role in roles):
         return "float16", {}
     if checkpoint.configs.get("vae", {}).get("force_upcast") is False:
         return "float16", {"why": "vae/config.json: force_upcast is false"}
-    return "float32", {"why": "a VAE of SDXL: its activations exceed the range of float16"}
+    vae, weights = detected.family.vae, detected.parts["vae"]
+    _check_whole_vae(checkpoint, detected)
+    fits, why = probe_vae(vae, weights, detected.family.latent_scale)
+    return "float16" if fits else "float32", {"why": why}
+
+
+def _check_whole_vae(checkpoint: Checkpoint, detected: Detected) -> None:
+    """Refuse a VAE that lacks something before any arithmetic is done with it."""
+    for role in VAE_ROLES:
+        requests = Requests(detected.parts["vae"].shapes)
+        _write(role, detected.family, ConvertOptions(attention="einsum"), requests, (64, 64))
+        requests.check(str(checkpoint.path))
 
 
 def _vae_decision(packages: list[Planned]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from glassine.convert.checkpoint import Checkpoint
 from glassine.convert.detect import Detected, FamilyName
 from glassine.convert.extras import Extras
+from glassine.convert.palettize import Palette
 from glassine.convert.prediction import Distilled
 from glassine.convert.program import Requests
 from glassine.convert.weights import WeightSource
@@ -38,9 +39,10 @@ class ConvertOptions:
     tokens: of the UNet's context, a multiple of the text encoder's.
     chunks: packages to cut each UNet into, 1 for a whole one. None: for `attention` "split" the fewest that the Neural
         Engine can load (weight files below 2 GiB), else 1.
+    palette: how the UNets and control networks store their weights in fewer bits; None: in fp16.
     part: only this network ("vae": both ways).
     name: of the model; None takes the source's file name.
-    family, prediction_type, distilled, vae_precision: override what the source says, see `detect` and `vae_range`.
+    family, prediction_type, distilled, vae_precision: override what the source says, see `detect` and `vae_range.py`.
     tokenizer: a folder with vocab.json and merges.txt, in the place of CLIP's.
     overwrite: replace a folder that Glassine made, once the new one is complete.
     dry_run: check everything and write nothing.
@@ -54,6 +56,7 @@ class ConvertOptions:
     attention: Attention = "split"
     layout: Layout = "channels_first"
     chunks: int | None = None
+    palette: Palette | None = None
     part: Role | Literal["vae"] | None = None
     name: str | None = None
     family: FamilyName | None = None
@@ -112,6 +115,7 @@ class Network:
     sizes: None means all of the folder's.
     attention, layout: the form it is written in; None where it has no choice.
     chunks: packages that it is cut into; None: the fewest that the Neural Engine can load.
+    palette: how its weights are stored in fewer bits; those who live in one weight.bin have the same.
     """
 
     key: str
@@ -133,6 +137,15 @@ class Network:
     layout: Layout | None = None
     precision: str = "float16"
     chunks: int | None = 1
+    palette: Palette | None = None
+
+    def with_palette(self, palette: Palette | None) -> Network:
+        """Return the network with its weights in fewer bits, if it is of the large ones: a UNet or a control network.
+
+        Text encoders and VAEs are a tenth of a model's size, and what they lose shows.
+        """
+        large = self.role in ("unet", "control") or self.role.endswith("_unet")
+        return replace(self, palette=palette) if large else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
