@@ -79,7 +79,7 @@ def add_networks(
                 f"{folder}: has LoRAs in its weights ({', '.join(removable)}), which new parts would keep for ever; "
                 f"take them out first: glassine lora {folder} remove {removable[0]}"
             )
-        base = _base(folder, manifest)
+        base = base_of(folder, manifest)
         networks = _new(folder, manifest, [network for listed in further for network in listed(base)], overwrite)
         hosts = {"unet": Host(base.unet, base.unet.plan)} if isinstance(base.unet, PackagedWeights) else {}
         with digests(hashed_files(networks), skip=dry_run) as digest:
@@ -100,8 +100,12 @@ def add_networks(
     return changed
 
 
-def _base(folder: Path, manifest: Manifest) -> Base:
-    """What the folder's own UNet is, for others to fit."""
+def base_of(folder: Path, manifest: Manifest) -> Base:
+    """What the folder's own UNet is, for others to fit.
+
+    Raises:
+        PackageError: it has none, or of a family for which there is nothing more.
+    """
     unet = manifest.parts.get("unet")
     if unet is None:
         raise PackageError(f"{folder}: has no UNet, which further networks would have to fit")

@@ -8,8 +8,8 @@ Every weight is read when it is used and dropped after that, so a reference need
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,13 +22,17 @@ from glassine.models.config import TextEncoderConfig, UNetConfig, VAEConfig
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The weights under a prefix, as float32 tensors: `w / "conv1"` is one level deeper."""
+    """The weights under a prefix, as float32 tensors: `w / "conv1"` is one level deeper.
+
+    given: the network's inputs, for the few places that have one of their own.
+    """
 
     source: WeightSource
     prefix: str = ""
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __truediv__(self, name: str | int) -> Weights:
-        return Weights(self.source, f"{self.prefix}{name}.")
+        return Weights(self.source, f"{self.prefix}{name}.", self.given)
 
     def __contains__(self, name: str) -> bool:
         return f"{self.prefix}{name}" in self.source.shapes
@@ -81,10 +85,46 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 def attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Tensor:
     """Multi-head attention of (B, S, C) over `context`."""
+    if "temporal.weight" in w or "temporal_o.weight" in w:
+        return _shared_attention(w, x, context, heads)
     q = _split(dense(w / "to_q", x), heads)
     k, v = (_split(dense(w / name, context), heads) for name in ("to_k", "to_v"))
     y = F.scaled_dot_product_attention(q, k, v)
     return dense(w / "to_out" / 0, y.transpose(1, 2).flatten(2))
+
+
+def _shared_attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Tensor:
+    """LayerDiffuse's attention over rows (sample, frame): each by its frame's matrices, then over a position's frames.
+
+    Frames' matrices lie one below the other; one frame has an affine map instead of the second attention.
+    """
+    frames = 1 if "temporal.weight" in w else len(w("to_out.0.bias")) // x.shape[-1]
+    control = w.given.get(f"{w.prefix[:-1].replace('.', '_')}_control")
+    added = torch.zeros(()) if control is None else control.flatten(2).mT.repeat(len(x) // frames, 1, 1)
+    context = x + added if context is x else context
+    x = x + added
+
+    def by_frame(name: str, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        matrices = w(f"{name}.weight").unflatten(0, (frames, -1))
+        biases = [None] * frames if bias is None else list(bias.chunk(frames))
+        return torch.stack([F.linear(row, matrices[i % frames], biases[i % frames]) for i, row in enumerate(rows)])
+
+    q, k, v = (
+        _split(by_frame(name, rows), heads) for name, rows in (("to_q", x), ("to_k", context), ("to_v", context))
+    )
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = by_frame("to_out.0", y, w("to_out.0.bias"))
+    if frames == 1:
+        return added + y + dense(w / "temporal", F.layer_norm(x + y, x.shape[-1:], eps=1e-6))
+    n = w / "temporal_n"
+    t = dense(w / "temporal_i", F.layer_norm(x + y, x.shape[-1:], n("weight"), n("bias"), 1e-6))
+    # (samples, frames, S, C) -> (samples, S, heads, frames, d)
+    q, k, v = (
+        dense(w / f"temporal_{letter}", t).unflatten(0, (-1, frames)).unflatten(3, (heads, -1)).permute(0, 2, 3, 1, 4)
+        for letter in "qkv"
+    )
+    t = F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
+    return added + y + dense(w / "temporal_o", t)
 
 
 def transformer(w: Weights, x: Tensor, context: Tensor, heads: int, groups: int) -> Tensor:
@@ -105,25 +145,83 @@ def transformer(w: Weights, x: Tensor, context: Tensor, heads: int, groups: int)
     return x + y.transpose(1, 2).reshape(batch, channels, height, width)
 
 
-def _sinusoid(x: Tensor, width: int) -> Tensor:
+def sinusoid(x: Tensor, width: int) -> Tensor:
     """Embed (N,) as (N, width): cosines, then sines, of frequencies 1 to 1/10000."""
     half = width // 2
     angles = x[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _embedding(config: UNetConfig, w: Weights, inputs: Mapping[str, Tensor]) -> Tensor:
+def mlp(w: Weights, x: Tensor) -> Tensor:
+    """Two dense layers with SiLU between."""
+    return dense(w / "linear_2", F.silu(dense(w / "linear_1", x)))
+
+
+def embedding(config: UNetConfig, w: Weights, inputs: Mapping[str, Tensor]) -> Tensor:
     """Time, and where the network reads them LCM's guidance and SDXL's sizes and pooled text, as one vector."""
-    temb = _sinusoid(inputs["timestep"], config.channels[0])
+    x = sinusoid(inputs["timestep"], config.channels[0])
     if "timestep_cond" in inputs:
-        temb = temb + dense(w / "time_embedding" / "cond_proj", inputs["timestep_cond"])
-    temb = dense(w / "time_embedding" / "linear_1", temb)
-    temb = dense(w / "time_embedding" / "linear_2", F.silu(temb))
+        x = x + dense(w / "time_embedding" / "cond_proj", inputs["timestep_cond"])
+    temb = mlp(w / "time_embedding", x)
     if "time_ids" in inputs:
-        sizes = _sinusoid(inputs["time_ids"].flatten(), 256).reshape(len(temb), -1)
-        added = dense(w / "add_embedding" / "linear_1", torch.cat([inputs["text_embeds"], sizes], dim=1))
-        temb = temb + dense(w / "add_embedding" / "linear_2", F.silu(added))
+        sizes = sinusoid(inputs["time_ids"].flatten(), 256).reshape(len(temb), -1)
+        temb = temb + mlp(w / "add_embedding", torch.cat([inputs["text_embeds"], sizes], dim=1))
     return temb
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The steps of a UNet that has embedded its time: down, through the middle, and up."""
+
+    config: UNetConfig
+    w: Weights
+    temb: Tensor
+    context: Tensor
+
+    def layer(self, block: Weights, index: int, x: Tensor, heads: int) -> Tensor:
+        """A resnet, and a transformer where there is one."""
+        x = resnet(block / "resnets" / index, x, self.config.norm_groups, 1e-5, self.temb)
+        if f"attentions.{index}.norm.weight" in block:
+            x = transformer(block / "attentions" / index, x, self.context, heads, self.config.norm_groups)
+        return x
+
+    def down(self, x: Tensor, features: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Everything the way down keeps; `features` are an adapter's, added where T2I-Adapter does."""
+        kept = [x]
+        for level, heads in enumerate(self.config.heads):
+            block = self.w / "down_blocks" / level
+            for index in range(self.config.layers):
+                x = self.layer(block, index, x, heads)
+                kept.append(x)
+            feature = features[level] if level < len(features) else None
+            attends = "attentions.0.norm.weight" in block
+            if feature is not None and attends:
+                x = kept[-1] = x + feature
+            if "downsamplers.0.conv.weight" in block:
+                x = conv(block / "downsamplers" / 0 / "conv", x, stride=2)
+                kept.append(x)
+            if feature is not None and not attends:
+                x = kept[-1] = x + feature
+        return kept
+
+    def middle(self, x: Tensor) -> Tensor:
+        """One resnet or two, a transformer between them."""
+        block = self.w / "mid_block"
+        if "resnets.0.norm1.weight" in block:
+            x = self.layer(block, 0, x, self.config.heads[-1])
+        if "resnets.1.norm1.weight" in block:
+            x = resnet(block / "resnets" / 1, x, self.config.norm_groups, 1e-5, self.temb)
+        return x
+
+    def up(self, x: Tensor, kept: list[Tensor]) -> Tensor:
+        """Back to the latents' size, beside what was kept."""
+        for level, heads in enumerate(reversed(self.config.heads)):
+            block = self.w / "up_blocks" / level
+            for index in range(self.config.layers + 1):
+                x = self.layer(block, index, torch.cat([x, kept.pop()], dim=1), heads)
+            if "upsamplers.0.conv.weight" in block:
+                x = conv(block / "upsamplers" / 0 / "conv", F.interpolate(x, size=kept[-1].shape[-2:]))
+        return x
 
 
 def unet(config: UNetConfig, source: WeightSource, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -133,38 +231,23 @@ def unet(config: UNetConfig, source: WeightSource, inputs: Mapping[str, Tensor])
         inputs: as the package has them: sample (B, channels, h, w), timestep (B,), encoder_hidden_states
             (B, context_dim, 1, tokens), and what else the network reads.
     """
-    w, groups = Weights(source), config.norm_groups
+    w = Weights(source, given=inputs)
     context = inputs["encoder_hidden_states"][:, :, 0].transpose(1, 2)
-    temb = _embedding(config, w, inputs)
-
-    def layer(block: Weights, index: int, x: Tensor, heads: int) -> Tensor:
-        x = resnet(block / "resnets" / index, x, groups, 1e-5, temb)
-        if f"attentions.{index}.norm.weight" in block:
-            x = transformer(block / "attentions" / index, x, context, heads, groups)
-        return x
-
-    x = conv(w / "conv_in", inputs["sample"])
-    kept = [x]
-    for level, heads in enumerate(config.heads):
-        block = w / "down_blocks" / level
-        for index in range(config.layers):
-            x = layer(block, index, x, heads)
-            kept.append(x)
-        if "downsamplers.0.conv.weight" in block:
-            x = conv(block / "downsamplers" / 0 / "conv", x, stride=2)
-            kept.append(x)
-    middle = w / "mid_block"
-    if "resnets.0.norm1.weight" in middle:
-        x = layer(middle, 0, x, config.heads[-1])
-    if "resnets.1.norm1.weight" in middle:
-        x = resnet(middle / "resnets" / 1, x, groups, 1e-5, temb)
-    for level, heads in enumerate(reversed(config.heads)):
-        block = w / "up_blocks" / level
-        for index in range(config.layers + 1):
-            x = layer(block, index, torch.cat([x, kept.pop()], dim=1), heads)
-        if "upsamplers.0.conv.weight" in block:
-            x = conv(block / "upsamplers" / 0 / "conv", F.interpolate(x, size=kept[-1].shape[-2:]))
-    return conv(w / "conv_out", F.silu(group_norm(w / "conv_norm_out", x, groups, 1e-5)))
+    ways = Ways(config, w, embedding(config, w, inputs), context)
+    residuals, features = (
+        [tensor for name, tensor in inputs.items() if name.startswith(f"{kind}_residual_")]
+        for kind in ("additional", "adapter")
+    )
+    sample = torch.cat([inputs[name] for name in ("sample", "condition") if name in inputs], dim=1)
+    kept = ways.down(conv(w / "conv_in", sample), features)
+    x = ways.middle(kept[-1])
+    if len(features) > len(config.channels):
+        x = x + features[-1]
+    if residuals:
+        kept = [skip + residual for skip, residual in zip(kept, residuals[:-1], strict=True)]
+        x = x + residuals[-1]
+    x = ways.up(x, kept)
+    return conv(w / "conv_out", F.silu(group_norm(w / "conv_norm_out", x, config.norm_groups, 1e-5)))
 
 
 def _vae_middle(w: Weights, x: Tensor, groups: int) -> Tensor:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from glassine.convert.addition import base_of
 from glassine.convert.checkpoint import open_checkpoint
+from glassine.convert.control import read_adapter, read_controlnet
+from glassine.convert.control_files import is_control, open_control
 from glassine.convert.detect import Detected, detect
+from glassine.convert.digest import digests
 from glassine.errors import ConversionError, MissingDependency, PackageError
 from glassine.manifest import Manifest, Part
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
@@ -20,7 +26,9 @@ from glassine.runtime.engine.compose import Chain
 Arrays = dict[str, NDArray[Any]]
 Report = Callable[[int, int, str], None]
 TEXT_ROLES = ("text_encoder", "text_encoder_2")
-JUDGED = (*TEXT_ROLES, "unet", "vae_decoder", "vae_encoder")  # what a checkpoint itself holds
+UNET_ROLES = ("unet", "controlled_unet", "adapted_unet")
+JUDGED = (*TEXT_ROLES, *UNET_ROLES, "vae_decoder", "vae_encoder")  # what a checkpoint itself holds
+CONTROL_ROLES = ("control", "adapter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +58,8 @@ def verify_folder(
 
     Args:
         folder: made by `convert_checkpoint`.
-        source: what it was made of.
-        parts: the roles to compare ("unet", "vae_decoder" ...); empty means all that come from a checkpoint.
+        source: what it was made of, or a control file that was added to it.
+        parts: the keys to compare ("unet", "vae_decoder" ...); empty means all that come from the source.
         options: which engine to run the packages on.
         report: called with (done, total, role) before each part and after the last.
 
@@ -64,31 +72,75 @@ def verify_folder(
     unknown = sorted(set(parts) - set(manifest.parts))
     if unknown:
         raise PackageError(f"{folder}: has no part {', '.join(unknown)}, only {', '.join(manifest.parts)}")
-    detected = detect(open_checkpoint(source), family=manifest.family)
-    judged = [name for name, part in manifest.parts.items() if part.role in JUDGED]
-    beyond = sorted(set(parts) - set(judged))
-    if beyond:
-        raise PackageError(f"{folder}: {', '.join(beyond)} cannot be compared with {source}, only {', '.join(judged)}")
-    chosen = [name for name in judged if not parts or name in parts]
+    made = _control(folder, manifest, source) if is_control(source) else _checkpoint(manifest, source)
+    beyond = sorted(set(parts) - set(made))
+    if beyond or not made:
+        what = ", ".join(beyond) if beyond else "any part"
+        only = f", only {', '.join(made)}" if made else "; it was made of other files"
+        raise PackageError(f"{folder}: {what} cannot be compared with {source}{only}")
+    chosen = [name for name in made if not parts or name in parts]
     reports = []
     for i, name in enumerate(chosen):
         if report is not None:
             report(i, len(chosen), name)
-        reports.append(_verify(folder, name, manifest.parts[name], detected, options))
+        reports.append(_verify(folder, name, manifest.parts[name], made[name], options))
     if report is not None:
         report(len(chosen), len(chosen), "")
     return reports
 
 
-def _verify(folder: Path, name: str, part: Part, detected: Detected, options: EngineOptions | None) -> PartReport:
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How a part is judged: the inputs to give it, and what should come out of them."""
+
+    inputs: Callable[[Engine], Arrays]
+    expected: Callable[[Arrays], Arrays]
+
+
+def _checkpoint(manifest: Manifest, source: Path) -> dict[str, _Made]:
+    """The parts that a checkpoint made."""
+    detected = detect(open_checkpoint(source), family=manifest.family)
+    return {
+        name: _Made(partial(_inputs, part.role, detected), partial(_reference, part.role, detected))
+        for name, part in manifest.parts.items()
+        if part.role in JUDGED
+    }
+
+
+def _control(folder: Path, manifest: Manifest, source: Path) -> dict[str, _Made]:
+    """The parts that a control file made, by its digest."""
+    base = base_of(folder, manifest)
+    file = open_control(source, base.unet)
+    files = tuple(file.checkpoint.files)
+    with digests([files]) as digest:
+        sha256 = digest()[files]
+
+    def expected(name: str, inputs: Arrays) -> Arrays:
+        torch, reference = _judge("control_reference")
+        given = {key: torch.from_numpy(array) for key, array in inputs.items()}
+        with torch.inference_mode():
+            if file.kind == "t2i_adapter":
+                results = reference.adapter(read_adapter(file, base), file.weights, given["controlnet_cond"])
+            else:
+                results = reference.controlnet(read_controlnet(file, name, base), file.weights, given)
+        return {output: tensor.numpy() for output, tensor in results.items()}
+
+    return {
+        name: _Made(_unet_inputs, partial(expected, name))
+        for name, part in manifest.parts.items()
+        if part.role in CONTROL_ROLES and part.source_sha256 == sha256
+    }
+
+
+def _verify(folder: Path, name: str, part: Part, made: _Made, options: EngineOptions | None) -> PartReport:
     stages = [open_engine(folder / Path(file).name, options) for file in part.about.get("chunks", [part.file])]
     engine: Engine = Chain(stages) if len(stages) > 1 else stages[0]
     try:
-        inputs = _inputs(part.role, engine, detected)
+        inputs = made.inputs(engine)
         outputs = {key: np.array(value) for key, value in engine.predict(**inputs).items()}
     finally:
         engine.close()
-    expected = _reference(part.role, detected, inputs)
+    expected = made.expected(inputs)
     for key, array in expected.items():
         if outputs[key].shape != array.shape:
             raise ConversionError(
@@ -108,13 +160,9 @@ def _psnr(actual: NDArray[Any], expected: NDArray[Any]) -> float:
         return float(20 * np.log10(np.abs(expected).max() / error))
 
 
-def _inputs(role: str, engine: Engine, detected: Detected) -> Arrays:
+def _inputs(role: str, detected: Detected, engine: Engine) -> Arrays:
     """Inputs as generation makes them, exact in fp16, so that both sides read the same numbers."""
     rng = np.random.default_rng(0)
-
-    def normal(name: str, scale: float = 1.0) -> NDArray[Any]:
-        return (scale * rng.standard_normal(engine.inputs[name].shape)).astype(np.float16).astype(np.float32)
-
     if role in TEXT_ROLES:
         config = detected.family.text_encoder(role)
         ids = rng.integers(0, config.vocab_size - 2, (1, config.tokens))
@@ -123,28 +171,47 @@ def _inputs(role: str, engine: Engine, detected: Detected) -> Arrays:
         if config.pad is not None:
             ids[:, end + 1 :] = config.pad
         return {"input_ids": ids.astype(np.float32)}
-    if role == "unet":
-        (batch,) = engine.inputs["timestep"].shape
-        given = {name: normal(name) for name in engine.inputs if name not in {"timestep", "time_ids"}}
-        given["timestep"] = np.linspace(999, 21, batch).round().astype(np.float32)
-        if "time_ids" in engine.inputs:
-            sizes = rng.integers(0, 4096, engine.inputs["time_ids"].shape)
-            given["time_ids"] = sizes.astype(np.float32)
-        return given
+    if role in UNET_ROLES:
+        return _unet_inputs(engine)
     if role == "vae_decoder":
-        return {"z": normal("z")}
-    return {"x": normal("x", 0.5).clip(-1, 1)}
+        return {"z": _normal(rng, engine, "z")}
+    return {"x": _normal(rng, engine, "x", 0.5).clip(-1, 1)}
 
 
-def _reference(role: str, detected: Detected, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+def _unet_inputs(engine: Engine) -> Arrays:
+    """What a UNet reads, and what the networks that steer it read."""
+    rng = np.random.default_rng(0)
+    special = {"timestep", "time_ids", "controlnet_cond", "control_type"}
+    given = {name: _normal(rng, engine, name) for name in engine.inputs if name not in special}
+    shapes = {name: engine.inputs[name].shape for name in special if name in engine.inputs}
+    if "timestep" in shapes:
+        given["timestep"] = np.linspace(999, 21, *shapes["timestep"]).round().astype(np.float32)
+    if "time_ids" in shapes:
+        given["time_ids"] = rng.integers(0, 4096, shapes["time_ids"]).astype(np.float32)
+    if "controlnet_cond" in shapes:
+        given["controlnet_cond"] = rng.random(shapes["controlnet_cond"]).astype(np.float16).astype(np.float32)
+    if "control_type" in shapes:
+        rows, types = shapes["control_type"]
+        given["control_type"] = np.eye(types, dtype=np.float32)[np.arange(rows) % types]
+    return given
+
+
+def _normal(rng: np.random.Generator, engine: Engine, name: str, scale: float = 1.0) -> NDArray[Any]:
+    return (scale * rng.standard_normal(engine.inputs[name].shape)).astype(np.float16).astype(np.float32)
+
+
+def _judge(module: str) -> tuple[Any, Any]:
+    """PyTorch, and the module that says in it what networks mean."""
     try:
-        import torch
-
-        from glassine.convert import reference
+        return importlib.import_module("torch"), importlib.import_module(f"glassine.convert.{module}")
     except ImportError:
         raise MissingDependency(
             "verify needs PyTorch as the judge; install it with pip install 'glassine[portable]'"
         ) from None
+
+
+def _reference(role: str, detected: Detected, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    torch, reference = _judge("reference")
     family = detected.family
     given = {name: torch.from_numpy(array) for name, array in inputs.items()}
     with torch.inference_mode():
@@ -153,7 +220,7 @@ def _reference(role: str, detected: Detected, inputs: Mapping[str, NDArray[Any]]
             last, pooled, states = reference.text_encoder(config, detected.parts[role], given["input_ids"].long())
             name = "last_hidden_state" if config.final_norm else "hidden_embeds"
             results = {name: last, "pooled_outputs": pooled, "hidden_states": states}
-        elif role == "unet":
+        elif role in UNET_ROLES:
             results = {"noise_pred": reference.unet(family.unet, detected.parts["unet"], given)}
         elif role == "vae_decoder":
             results = {"image": reference.vae_decoder(family.vae, detected.parts["vae"], given["z"])}
