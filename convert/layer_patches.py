@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,36 @@ Shape = tuple[int, ...]
 
 _LDM = Layout("unet", "LDM", "diffusion_model.", "", UNET_LDM, RESNET_LDM)
 _SLOT = re.compile(r"(?P<weight>.+)::(?P<kind>\w+)::(?P<slot>\d)$")
+
+
+# Layers that a patch changes all of, or none; the first line that matches a weight's name tells which they are.
+_LAYERS = (
+    (re.compile(r".*\.attn\d\.to_[qkv]\.weight$"), "attention projections"),
+    (re.compile(r".*\.attn\d\.to_out\.0\.weight$"), "attention outputs"),
+    (re.compile(r".*\.attn\d\.to_out\.0\.bias$"), "biases of attention outputs"),
+    (re.compile(r".*\.transformer_blocks\.\d+\.norm\d\."), "layer norms"),
+    (re.compile(r".*\.attentions\."), "transformers"),
+    (re.compile(r"(time|add)_embedding\."), "embeddings"),
+    (re.compile(r""), "convolutions"),
+)
+
+
+def check_complete(path: Path, changed: Iterable[str], base: Iterable[str]) -> None:
+    """Refuse a patch that changes some layers of a kind and not all: a part of it is missing.
+
+    Raises:
+        ConversionError: it names what is missing.
+    """
+    kinds = {name: next(kind for pattern, kind in _LAYERS if pattern.match(name)) for name in base}
+    changed = set(changed)
+    touched = {kinds[name] for name in changed if name in kinds}
+    missing = sorted(name for name, kind in kinds.items() if kind in touched and name not in changed)
+    if missing:
+        raise ConversionError(
+            f"{path}: changes {len(changed)} weights of the UNet and not {shorten(missing)}, which are of the same "
+            f"kinds ({', '.join(sorted({kinds[name] for name in missing}))}); the file is incomplete, or for another "
+            "family of models"
+        )
 
 
 class Differences:

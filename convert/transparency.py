@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint
 from glassine.convert.digest import digests
-from glassine.convert.layer_patches import Differences, SharedFrames
+from glassine.convert.layer_patches import Differences, SharedFrames, check_complete
 from glassine.convert.lora import LoraFile, lora_patches
 from glassine.convert.lora_names import split_key
 from glassine.convert.names import Numbering, Source
@@ -130,7 +130,7 @@ def transparent_networks(files: Sequence[TransparentFile], base: Base) -> list[N
             _check_family(checkpoint, file, base)
             network = _decoder(checkpoint, base) if kind == "decoder" else _encoder(checkpoint, file, base)
             networks.append(network)
-        elif "hookers.layers.0.to_q_lora.0.up.weight" in checkpoint.tensors:
+        elif any(key.startswith("hookers.layers.") for key in checkpoint.tensors):
             networks += _sharing(checkpoint, kind, file, base)
         else:
             networks.append(_differences(checkpoint, kind, file, base))
@@ -142,7 +142,7 @@ def transparent_networks(files: Sequence[TransparentFile], base: Base) -> list[N
 
 def _kind(checkpoint: Checkpoint, file: TransparentFile, base: Base) -> Kind:
     """What the file is, by its keys, then by its name or digest where they cannot tell."""
-    possible = _possible_kinds(checkpoint)
+    possible = _possible_kinds(checkpoint, said=file.kind == "transparent")
     if file.kind is not None:
         if file.kind not in possible:
             raise CheckpointError(f"{checkpoint.path}: said to be {file.kind}, its keys say {' or '.join(possible)}")
@@ -161,7 +161,7 @@ def _kind(checkpoint: Checkpoint, file: TransparentFile, base: Base) -> Kind:
     )
 
 
-def _possible_kinds(checkpoint: Checkpoint) -> tuple[Kind, ...]:
+def _possible_kinds(checkpoint: Checkpoint, said: bool) -> tuple[Kind, ...]:
     keys = checkpoint.tensors.keys()
     if "latent_conv_in.weight" in keys and "mid_block.attentions.0.to_q.weight" in keys:
         return ("decoder",)
@@ -175,11 +175,13 @@ def _possible_kinds(checkpoint: Checkpoint) -> tuple[Kind, ...]:
         wide: dict[int, tuple[Kind, ...]] = {8: ("fg2ble", "bg2ble"), 12: ("bgble2fg",) if whole else ("fgble2bg",)}
         if first.shape[1] in wide:
             return wide[first.shape[1]]
-    elif _is_patch(checkpoint):
+    elif _is_patch(checkpoint, said):
         return ("transparent",)
+    lora = _is_lora(checkpoint)
     raise CheckpointError(
         f"{checkpoint.path}: no file of LayerDiffuse; expected a transparent decoder or encoder, or a patch for a UNet "
         f"(its first keys: {', '.join(sorted(keys)[:3])})"
+        + ("; a LoRA is merged with --lora, or is LayerDiffuse's own if you say transparent=FILE" if lora else "")
     )
 
 
@@ -190,14 +192,18 @@ def _frames_kind(keys: Any) -> tuple[Kind, ...]:
     return ("joint",) if any(".to_q_lora.1." in key for key in keys) else ("transparent",)
 
 
-def _is_patch(checkpoint: Checkpoint) -> bool:
-    """Whether these are differences: LayerDiffuse's keys, diffusers' without what only a whole UNet has, or a LoRA."""
+def _is_patch(checkpoint: Checkpoint, said: bool) -> bool:
+    """Whether these are differences: LayerDiffuse's keys, diffusers' without what only a whole UNet has, or a LoRA.
+
+    Any LoRA could be meant; only one that is called so is taken for LayerDiffuse's.
+    """
     keys = checkpoint.tensors.keys()
     if any("::" in key for key in keys):
         return True
+    if _is_lora(checkpoint):
+        return said or "transparent" in checkpoint.path.stem.lower()
     whole = any(key.startswith(("time_embedding.", "time_embed.", "model.")) for key in keys)
-    places = any(key.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for key in keys)
-    return (places and not whole) or _is_lora(checkpoint)
+    return not whole and any(key.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for key in keys)
 
 
 def _is_lora(checkpoint: Checkpoint) -> bool:
@@ -215,10 +221,11 @@ def _check_family(checkpoint: Checkpoint, file: TransparentFile, base: Base) -> 
     """Refuse a decoder or encoder that is known to belong to another family; the two are not interchangeable."""
     if file.kind is not None:
         return  # said to be the one for this model
-    released = _released(checkpoint)
-    stem = checkpoint.path.stem.lower()
-    named = next((family for pattern, family in _NAMED_FAMILIES if re.search(pattern, stem)), None)
-    family, why = (released[0], "its sha256") if released is not None else (named, "its name")
+    stem, why = checkpoint.path.stem.lower(), "its name"
+    family = next((family for pattern, family in _NAMED_FAMILIES if re.search(pattern, stem)), None)
+    if family is None:
+        released = _released(checkpoint)
+        family, why = (None if released is None else released[0]), "its sha256"
     if family is not None and family != base.family.name:
         raise ConversionError(
             f"{checkpoint.path}: this is for {family} ({why} says so), the model is {base.family.name}, whose latents "
@@ -318,6 +325,7 @@ def _differences(checkpoint: Checkpoint, kind: Kind, file: TransparentFile, base
         patch = lora_patches(LoraFile(file.path, file.strength), {"unet": base.unet})["unet"]
     else:
         patch = Differences(checkpoint, base.unet.shapes, Numbering(base.family.unet.layers + 1), file.strength)
+    check_complete(checkpoint.path, patch.shapes, base.unet.shapes)
     unet = base.family.unet
     channels = patch.shapes.get("conv_in.weight", (0, unet.in_channels))[1]
     drawing = CONDITIONS[kind]

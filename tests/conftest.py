@@ -34,6 +34,12 @@ def controls() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def layerdiffuse() -> ModuleType:
+    """tests/support/layerdiffuse.py: keys and goldens of LayerDiffuse's released files."""
+    return load_support("layerdiffuse")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(checkpoints, tmp_path_factory) -> Path:
     """A whole SD 1.x single file with small networks and random fp16 weights; read only."""
     return checkpoints.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
