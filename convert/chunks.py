@@ -43,7 +43,7 @@ def cut(lowered: Lowered, count: int | None = None) -> list[Lowered]:
     if count is None:
         if total + ALIGNMENT <= LIMIT:
             return [lowered]
-        count, limit = -(-total // (LIMIT - ALIGNMENT)), LIMIT - ALIGNMENT
+        count, limit = min(MOST, -(-total // (LIMIT - ALIGNMENT))), LIMIT - ALIGNMENT
         while (cuts := graph.cheapest(count, limit)) is None and count < MOST:
             count += 1
     else:

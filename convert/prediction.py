@@ -7,6 +7,7 @@ marker keys `v_pred` and `ztsnr`; a diffusers folder's scheduler_config.json; a 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -106,6 +107,10 @@ def _scheduler(checkpoint: Checkpoint) -> tuple[Scheduler, str]:
         )
         if theirs in config
     }
+    like = dataclasses.asdict(Scheduler())
+    wrong = [name for name, value in known.items() if type(value) is not type(like[name])]
+    if wrong:
+        raise ConversionError(f"{checkpoint.path}: scheduler_config.json: {wrong[0]} is {known[wrong[0]]!r}")
     scheduler, why = Scheduler(**known), "scheduler_config.json" if known else "Stable Diffusion's own"
     for key, ends in (("ztsnr", "ztsnr" in checkpoint.tensors), ("alphas_cumprod", _ends_in_noise(checkpoint))):
         if ends:
@@ -127,16 +132,21 @@ def _prediction(
     if override is not None:
         return override, "asked for"
     for word, where in _spoken(checkpoint):
-        if word not in _WORDS:
+        if not isinstance(word, str) or word not in _WORDS:
             raise ConversionError(
                 f"{checkpoint.path}: {where} says prediction type {word!r}, expected one of {', '.join(_WORDS)}; "
                 "say which with --prediction-type"
             )
         return _WORDS[word], where
     # Models of 9 channels and of the refiner's kind predict noise; only plain Stable Diffusion 2 comes in both kinds.
-    if family.name == "sd2" and unet is not None and family.unet.in_channels == 4 and _SD2_TELLER in unet.shapes:
-        (size,) = unet.shapes[_SD2_TELLER]
-        deviation = float(np.std(unet.read(_SD2_TELLER, 0, size).astype(np.float64)))
+    teller = unet.shapes.get(_SD2_TELLER, ()) if unet is not None else ()
+    if (
+        family.name == "sd2"
+        and family.unet.in_channels == 4
+        and unet is not None
+        and teller == family.unet.channels[:1]
+    ):
+        deviation = float(np.std(unet.read(_SD2_TELLER, 0, teller[0]).astype(np.float64)))
         said = f'"{unet.key(_SD2_TELLER)}" has a deviation of {deviation:.3f}'
         if deviation > _SD2_DEVIATION:
             return "v_prediction", f"{said}, above {_SD2_DEVIATION}"
@@ -174,7 +184,7 @@ def _distilled(checkpoint: Checkpoint, family: Family, override: Distilled | Non
     if family.unet.timestep_cond_dim is not None:
         return "lcm", steps, "it has a guidance embedding"
     scheduler = checkpoint.configs.get("scheduler", {}).get("_class_name")
-    if scheduler in {"LCMScheduler", "TCDScheduler"}:
+    if scheduler in ("LCMScheduler", "TCDScheduler"):
         return "lcm" if scheduler == "LCMScheduler" else "hyper", steps, f"scheduler_config.json: {scheduler}"
     for kind, pattern in _NAMED:
         if pattern.search(name):

@@ -224,7 +224,7 @@ def read_text_encoder(checkpoint: Checkpoint, shapes: Shapes, like: TextEncoderC
     heads = _number(checkpoint, f"text_heads{number}", config.get("num_attention_heads"), max(1, width // 64))
     _check_divisible(checkpoint, "text encoder width", [width], f"text_heads{number}", [heads])
     activation = config.get("hidden_act", checkpoint.metadata.get(f"glassine.activation{number}", like.activation))
-    if activation not in {"quick_gelu", "gelu"}:
+    if activation not in ("quick_gelu", "gelu"):  # a list, as a config may hold things that no set can look up
         raise ConversionError(f"{checkpoint.path}: activation {activation!r}, expected quick_gelu or gelu")
     projection = None
     if like.projection_dim is not None:
@@ -257,7 +257,7 @@ def _numbers(checkpoint: Checkpoint, key: str, config: Any, default: int | list[
     value: Any = config if config is not None else text.split(",") if text is not None else default
     try:
         numbers = [int(number) for number in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if not numbers or min(numbers) < 1:
         raise ConversionError(f"{checkpoint.path}: {key} is {value!r}, expected a positive number or several")
