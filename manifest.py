@@ -70,6 +70,16 @@ class MergedLora:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """A textual inversion in the text encoders: `word` in a prompt becomes the tokens [first, first + count)."""
+
+    word: str
+    first: int
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """A converted model: sizes in pixels, `batch` rows and `tokens` per UNet call.
 
@@ -92,6 +102,7 @@ class Manifest:
     defaults: dict[str, Any] = field(default_factory=dict)
     decided: dict[str, str] = field(default_factory=dict)
     loras: tuple[MergedLora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -138,7 +149,9 @@ class Manifest:
         try:
             parts = {role: _part(part) for role, part in raw.pop("parts").items()}
             loras = tuple(MergedLora(**lora) for lora in raw.pop("loras", ()))
-            manifest = cls(parts=parts, scheduler=Scheduler(**raw.pop("scheduler")), loras=loras, **raw)
+            embeddings = tuple(Embedding(**embedding) for embedding in raw.pop("embeddings", ()))
+            scheduler = Scheduler(**raw.pop("scheduler"))
+            manifest = cls(parts=parts, scheduler=scheduler, loras=loras, embeddings=embeddings, **raw)
             numbers = (manifest.width, manifest.height, manifest.batch, manifest.tokens, manifest.clip_skip)
             if not all(type(number) is int and number > 0 for number in numbers):
                 raise ValueError(f"width, height, batch, tokens and clip_skip are {numbers}, not positive integers")

@@ -21,6 +21,10 @@ extras_options = options(
                  help="Merge a LoRA at strength S (1), or UNET,TEXT; may be repeated."),
     click.option("--vae", type=click.Path(path_type=Path), help="Take the VAE of this file."),
     click.option("--ema", is_flag=True, help="Take the UNet's running average, where the file has one."),
+    click.option("--embedding", "embeddings", multiple=True, metavar="FILE[=WORD]",
+                 help="Teach the text encoder a textual inversion; WORD is the file's name.  May be repeated."),
+    click.option("--allow-pickle", is_flag=True,
+                 help="Read .ckpt, .pt and .bin too, with torch's weights-only loader; prefer .safetensors."),
 )  # fmt: skip
 lora_dir = click.option(
     "--lora-dir", "lora_dirs", type=FOLDER, multiple=True,
@@ -30,11 +34,15 @@ lora_dir = click.option(
 
 def extras_of(asked: dict[str, Any]) -> Extras:
     """Take the extras out of the convert verb's parameters."""
+    from glassine.convert.embeddings import EmbeddingFile
     from glassine.convert.extras import Extras
     from glassine.convert.lora import LoraFile
 
-    loras = tuple(LoraFile.parse(words) for words in asked.pop("loras"))
-    return Extras(loras=loras, vae=asked.pop("vae"), ema=asked.pop("ema"))
+    return Extras(
+        loras=tuple(LoraFile.parse(words) for words in asked.pop("loras")),
+        embeddings=tuple(EmbeddingFile.parse(words) for words in asked.pop("embeddings")),
+        **{name: asked.pop(name) for name in ("vae", "ema", "allow_pickle")},
+    )
 
 
 @click.command()

@@ -57,16 +57,15 @@ _NOT_SAFETENSORS = (
     (b"<", "a web page: the download gave a page instead of the file, probably one that asks to log in"),
 )
 _PICKLE_ADVICE = (
-    "A pickle can run any program when it is opened, so Glassine never opens one. Look for the .safetensors version "
-    'of this model, or make one where torch is installed: python -c "import torch, safetensors.torch as s; '
-    "d = torch.load('{name}', weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
-    "s.save_file({{k: v.contiguous() for k, v in d.items() if torch.is_tensor(v)}}, '{stem}.safetensors')\""
+    "A pickle can run any program when it is opened, so Glassine opens none unasked. Look for the .safetensors version "
+    "of {name}; if there is none, --allow-pickle reads it with torch's weights-only loader, which takes tensors and "
+    "nothing else"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a file: `offset` counts from the file's first byte."""
+    """One tensor of a file: `offset` counts from the file's first byte; -1 where it is only to be had by `read`."""
 
     path: Path
     key: str
@@ -163,18 +162,35 @@ class Checkpoint:
         return sorted({tensor.path for tensor in self.tensors.values()})
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Read the header of a .safetensors file, or the headers of a diffusers folder.
+
+    Args:
+        path: the file or folder.
+        allow_pickle: a PyTorch pickle is read too, by torch's weights-only loader (`convert/pickles.py`).
 
     Raises:
         CheckpointError: missing, not safetensors, damaged, or a folder without weights.
     """
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, allow_pickle)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .safetensors file or a diffusers folder")
+    if allow_pickle and _is_pickle(path):
+        from glassine.convert.pickles import open_pickle
+
+        return open_pickle(path)
     tensors, metadata = read_header(path)
     return Checkpoint(path=path, tensors=tensors, metadata=metadata)
+
+
+def _is_pickle(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return any(start.startswith(magic) for magic, what in _NOT_SAFETENSORS if "pickle" in what)
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -210,7 +226,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     for magic, what in _NOT_SAFETENSORS:
         if start.startswith(magic):
-            advice = f". {_PICKLE_ADVICE.format(name=path.name, stem=path.stem)}" if "pickle" in what else ""
+            advice = f". {_PICKLE_ADVICE.format(name=path.name)}" if "pickle" in what else ""
             raise CheckpointError(f"{path}: expected a safetensors file, this is {what}{advice}")
 
 
@@ -271,7 +287,7 @@ def _check_spans(path: Path, tensors: list[Tensor], data: int, size: int) -> Non
         raise CheckpointError(f"{path}: damaged: {size - end} bytes behind the last tensor belong to none")
 
 
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
     parts = {part: folder / part for part in COMPONENTS if (folder / part).is_dir()}
     if not parts and (folder / "config.json").is_file():
         parts = {_component(folder): folder}
@@ -291,7 +307,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         if path.is_file():
             configs[name if name else "model_index"] = read_json(path)
     for part, place in parts.items():
-        tensors |= {f"{part}/{key}": tensor for key, tensor in _component_tensors(place, COMPONENTS[part])}
+        found = _component_tensors(place, COMPONENTS[part], allow_pickle)
+        tensors |= {f"{part}/{key}": tensor for key, tensor in found}
     return Checkpoint(path=folder, tensors=tensors, configs=configs)
 
 
@@ -327,7 +344,7 @@ def _component(folder: Path) -> str:
     raise CheckpointError(f"{folder / 'config.json'}: describes {names}, expected one of {known}")
 
 
-def _component_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
+def _component_tensors(folder: Path, stem: str, allow_pickle: bool = False) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one part: one file or an index with shards, in full or as the fp16 variant."""
     for variant in ("", ".fp16"):
         single = folder / f"{stem}{variant}.safetensors"
@@ -338,10 +355,16 @@ def _component_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
             if (folder / index).is_file():
                 yield from _sharded(folder / index)
                 return
+    pickles = [folder / name for name in (f"{stem}.bin", "pytorch_model.bin") if (folder / name).is_file()]
+    if allow_pickle and pickles:
+        from glassine.convert.pickles import open_pickle
+
+        yield from open_pickle(pickles[0]).tensors.items()
+        return
     present = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".safetensors", ".pt", ".ckpt"})
     expected = f"{folder}: expected {stem}.safetensors, found {', '.join(present) if present else 'no weights'}"
     if any(not name.endswith(".safetensors") for name in present):
-        raise CheckpointError(f"{expected}; {_PICKLE_ADVICE.format(name=present[0], stem=stem)}")
+        raise CheckpointError(f"{expected}; {_PICKLE_ADVICE.format(name=present[0])}")
     raise CheckpointError(expected)
 
 

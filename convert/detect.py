@@ -25,7 +25,7 @@ from glassine.convert.prediction import Distilled, read_training
 from glassine.convert.shapes import SUPPORTED, Shapes, read_text_encoder, read_unet, read_vae, time_id_count
 from glassine.convert.weights import FileWeights, WeightSource
 from glassine.errors import CheckpointError, ConversionError
-from glassine.manifest import Scheduler
+from glassine.manifest import Embedding, Scheduler
 from glassine.models.config import FAMILIES, SD2_BASE, SD15, SD21, SDXL, SDXL_REFINER, Family, Prediction
 
 FamilyName = Literal["sd15", "sd2", "sdxl", "sdxl_refiner"]
@@ -72,7 +72,8 @@ class Detected:
 
     family: the networks that are there, with their real sizes; those that are not keep the family's. reasons: what was
     decided -> by which tensor or word. defaults: settings this model is meant to be drawn with, where they are not
-    everybody's. sources: the file of a part, where that is not the checkpoint.
+    everybody's. sources: the file of a part, where that is not the checkpoint. embeddings: words
+    that were added to the text encoders.
     """
 
     family: Family
@@ -81,6 +82,7 @@ class Detected:
     reasons: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[Part, Checkpoint] = field(default_factory=dict)
+    embeddings: tuple[Embedding, ...] = ()
 
 
 def detect(

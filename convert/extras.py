@@ -1,4 +1,4 @@
-"""What is laid over a checkpoint's own networks before they are converted: EMA weights, another VAE, LoRAs."""
+"""What is laid over a checkpoint's networks before they are converted: EMA, another VAE, LoRAs, textual inversions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
 from glassine.convert.detect import Detected, detect
+from glassine.convert.embeddings import TABLE, EmbeddingFile, Extended, numbered, read_inversion
 from glassine.convert.lora import LoraFile, with_loras
 from glassine.convert.names import Source
 from glassine.convert.weights import FileWeights
 from glassine.errors import CheckpointError, ConversionError
-from glassine.manifest import MergedLora
+from glassine.manifest import Embedding, MergedLora
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +21,15 @@ class Extras:
     """What to lay over a checkpoint.
 
     loras: merged in this order. vae: a file or folder whose VAE takes the place of the checkpoint's. ema: take the
-    UNet's running average, which training keeps beside the weights themselves.
+    UNet's running average, which training keeps beside the weights themselves. embeddings: words that the text
+    encoders learn. allow_pickle: all files may be PyTorch pickles, the checkpoint itself too.
     """
 
     loras: tuple[LoraFile, ...] = ()
     vae: Path | None = None
     ema: bool = False
+    embeddings: tuple[EmbeddingFile, ...] = ()
+    allow_pickle: bool = False
 
 
 def with_extras(checkpoint: Checkpoint, detected: Detected, extras: Extras) -> Detected:
@@ -33,14 +37,17 @@ def with_extras(checkpoint: Checkpoint, detected: Detected, extras: Extras) -> D
 
     Raises:
         CheckpointError: a file cannot be read, or there is no EMA in the checkpoint.
-        ConversionError: a LoRA or VAE is not for this model.
+        ConversionError: a LoRA, VAE or embedding is not for this model.
     """
     if extras.ema:
         detected = _averaged(checkpoint, detected)
     if extras.vae is not None:
-        detected = _with_vae(detected, extras.vae)
+        detected = _with_vae(detected, extras.vae, extras.allow_pickle)
     if extras.loras:
-        detected = replace(detected, parts=with_loras(detected.parts, extras.loras))
+        parts = with_loras(detected.parts, extras.loras, allow_pickle=extras.allow_pickle)
+        detected = replace(detected, parts=parts)
+    if extras.embeddings:
+        detected = _with_embeddings(checkpoint, detected, extras)
     return detected
 
 
@@ -65,9 +72,9 @@ def _averaged(checkpoint: Checkpoint, detected: Detected) -> Detected:
     )
 
 
-def _with_vae(detected: Detected, path: Path) -> Detected:
+def _with_vae(detected: Detected, path: Path, allow_pickle: bool) -> Detected:
     """The VAE of another file. Its latent scale is the UNet's business: all VAEs of a family share it."""
-    other_file = open_checkpoint(path)
+    other_file = open_checkpoint(path, allow_pickle=allow_pickle)
     other = detect(other_file)
     if "vae" not in other.parts:
         raise CheckpointError(f"{path}: there is no VAE in here, only {', '.join(other.parts)}")
@@ -80,6 +87,36 @@ def _with_vae(detected: Detected, path: Path) -> Detected:
         parts={**detected.parts, "vae": other.parts["vae"]},
         reasons={**detected.reasons, "vae": f"{path.name}, asked for"},
         sources={**detected.sources, "vae": other_file},
+    )
+
+
+def _with_embeddings(checkpoint: Checkpoint, detected: Detected, extras: Extras) -> Detected:
+    """The text encoders with further rows, and the words for them."""
+    family = detected.family
+    encoders = {role: detected.parts[role] for role in family.text_roles if role in detected.parts}  # type: ignore[index]
+    if not encoders:
+        raise CheckpointError(f"{checkpoint.path}: an embedding goes into a text encoder, and there is none in here")
+    found = [read_inversion(file, encoders, allow_pickle=extras.allow_pickle) for file in extras.embeddings]
+    sizes = {source.shapes[TABLE][0] for source in encoders.values()}
+    if len(sizes) != 1:
+        raise ConversionError(f"{checkpoint.path}: its text encoders know {sorted(sizes)} tokens, not the same ones")
+    (first,) = sizes
+    count = sum(inversion.count for inversion in found)
+    configs = tuple(
+        replace(config, vocab_size=config.vocab_size + count, added_tokens=count) for config in family.text_encoders
+    )
+    extended = {
+        role: Extended(source, [inversion.vectors[role] for inversion in found]) for role, source in encoders.items()
+    }
+    embeddings = tuple(
+        Embedding(word=inversion.word, first=start, count=inversion.count, sha256=file_sha256(inversion.path))
+        for inversion, start in numbered(found, first)
+    )
+    return replace(
+        detected,
+        family=replace(family, text_encoders=configs),
+        parts={**detected.parts, **extended},  # type: ignore[dict-item]
+        embeddings=embeddings,
     )
 
 

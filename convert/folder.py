@@ -91,7 +91,7 @@ def convert_checkpoint(
     """
     options = ConvertOptions() if options is None else options
     report = _silent if report is None else report
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, allow_pickle=options.extras.allow_pickle)
     detected = detect(checkpoint, options.prediction_type, family=options.family, distilled=options.distilled)
     detected = with_extras(checkpoint, detected, options.extras)
     options = options.settled(detected)
@@ -154,6 +154,7 @@ def _networks(checkpoint: Checkpoint, detected: Detected, options: ConvertOption
             layout=None if role in TEXT_ROLES else options.layout,
             precision=vae_precision if role in VAE_ROLES else "float16",
             chunks=options.chunks if role == "unet" else 1,
+            functions=options.functions and role not in TEXT_ROLES,
         )
         for role in roles
     ]
@@ -196,7 +197,8 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
 
 
 def _texts(checkpoint: Checkpoint, detected: Detected, options: ConvertOptions) -> dict[str, bytes]:
-    return tokenizer_files(checkpoint, detected.family.text_encoders[0].vocab_size, options.tokenizer)
+    encoder = detected.family.text_encoders[0]
+    return tokenizer_files(checkpoint, encoder.vocab_size - encoder.added_tokens, options.tokenizer)
 
 
 def _write(role: Role, family: Family, options: ConvertOptions, weights: Requests, size: Size) -> Program:
@@ -327,6 +329,7 @@ def _manifest(
         latent_scale=family.latent_scale,
         clip_skip=1 + family.text_encoders[0].skip,
         parts=parts(packages, digests),
+        embeddings=detected.embeddings,
         loras=() if options.dry_run else merged(options.extras.loras),
         scheduler=detected.scheduler,
         defaults=dict(detected.defaults),

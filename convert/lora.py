@@ -55,7 +55,9 @@ class LoraFile:
         return self.unet if part == "unet" else self.text
 
 
-def with_loras(parts: Mapping[Any, WeightSource], files: Sequence[LoraFile]) -> dict[Any, WeightSource]:
+def with_loras(
+    parts: Mapping[Any, WeightSource], files: Sequence[LoraFile], *, allow_pickle: bool = False
+) -> dict[Any, WeightSource]:
     """Return the parts with the LoRAs over them, the first one at the bottom.
 
     Raises:
@@ -64,14 +66,14 @@ def with_loras(parts: Mapping[Any, WeightSource], files: Sequence[LoraFile]) -> 
     """
     patches: dict[Any, list[Lora]] = {part: [] for part in parts}
     for file in files:
-        for part, patch in lora_patches(file, parts).items():
+        for part, patch in lora_patches(file, parts, allow_pickle=allow_pickle).items():
             patches[part].append(patch)
     return {part: Patched(source, patches[part]) if patches[part] else source for part, source in parts.items()}
 
 
-def lora_patches(file: LoraFile, parts: Mapping[Any, WeightSource]) -> dict[str, Lora]:
+def lora_patches(file: LoraFile, parts: Mapping[Any, WeightSource], *, allow_pickle: bool = False) -> dict[str, Lora]:
     """Open a LoRA file for these parts: a patch for each part that it changes at its strength."""
-    checkpoint = open_checkpoint(file.path)
+    checkpoint = open_checkpoint(file.path, allow_pickle=allow_pickle)
     changes = _changes(checkpoint, file, parts)
     patches: dict[str, Lora] = {}
     for part, source in parts.items():

@@ -168,9 +168,9 @@ class FileWeights:
         return 0 if third is None else third * math.prod(self.shapes[name])
 
     def span(self, name: str) -> Span | None:
-        """Where the bytes lie; None when they are not float16 or float32 in the right order."""
+        """Where the bytes lie; None when they are not float16 or float32 in the right order, or in a pickle."""
         tensor = self._tensor(name)
-        if tensor.dtype not in _SPAN_DTYPES or self._names[name].transposed:
+        if tensor.dtype not in _SPAN_DTYPES or tensor.offset < 0 or self._names[name].transposed:
             return None
         dtype = _SPAN_DTYPES[tensor.dtype]
         size = np.dtype(dtype).itemsize

@@ -190,6 +190,7 @@ class TextEncoderConfig:
 
     `skip` counts the layers left out at the end (A1111 clip skip 2 is `skip=1`); `final_norm` says whether the hidden
     state passes the final LayerNorm (SDXL: no). `projection_dim` is the width of the projected pooled output or None.
+    `added_tokens` of the `vocab_size` are behind CLIP's own: the rows of textual inversions.
     """
 
     vocab_size: int = 49408
@@ -202,6 +203,7 @@ class TextEncoderConfig:
     skip: int = 0
     final_norm: bool = True
     projection_dim: int | None = None
+    added_tokens: int = 0
     pad: int | None = None  # the token behind a prompt's end; None is the end token again
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ def text_encoder(config: TextEncoderConfig, weights: Weights) -> Program:
             last = _layer(stack, config.layers - 1)
         else:
             last = layer_norm(w / "final_layer_norm", states[-1])
-        end = mb.reduce_argmax(x=input_ids, axis=1, keep_dims=False, name="end_of_text")
+        end = mb.reduce_argmax(x=_own_ids(config, input_ids), axis=1, keep_dims=False, name="end_of_text")
         pooled = mb.squeeze(x=mb.gather(x=last, indices=end, axis=1), axes=[1], name="pooled")
         if config.projection_dim is not None:
             pooled = dense(root / "text_projection", pooled, config.projection_dim, bias=False)
@@ -58,6 +58,15 @@ def _embed(config: TextEncoderConfig, w: Scope, input_ids: Var) -> Var:
     places = (w / "position_embedding")("weight", (config.tokens, config.width))
     ids = mb.cast(x=input_ids, dtype="int32", name="ids")
     return mb.add(x=mb.gather(x=table, indices=ids, axis=0, name=w.op("tokens")), y=places, name=w.op())
+
+
+def _own_ids(config: TextEncoderConfig, input_ids: Var) -> Var:
+    """Set added tokens to 0: their ids are above that of the end of text, which is the largest of CLIP's own."""
+    if not config.added_tokens:
+        return input_ids
+    largest = np.float32(config.vocab_size - config.added_tokens - 1)
+    own = mb.cast(x=mb.less_equal(x=input_ids, y=largest), dtype="fp32", name="is_own")
+    return mb.mul(x=input_ids, y=own, name="own_ids")
 
 
 def _states(config: TextEncoderConfig, w: Scope, x: Var) -> list[Var]:

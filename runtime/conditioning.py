@@ -113,22 +113,25 @@ def split_chunks(tokenizer: Tokenizer, spans: Iterable[Span], *, limit: int) -> 
 
     A chunk that is full breaks behind its last comma if that is no more than 20 tokens back, except the last one:
     there is no next chunk to carry the words to. For the same reason a BREAK in the last chunk is passed over, and
-    stands as None among the ids without room.
+    stands as None among the ids without room. An embedding's tokens stay together: what is left of a chunk is padded.
     """
     chunks = [Chunk([], [])]
     cut: list[int | None] = []
-    for id, weight in _weighted_ids(tokenizer, spans):
+    for ids, weight in _weighted_ids(tokenizer, spans):
         chunk, last = chunks[-1], len(chunks) == limit
-        full = len(chunk.ids) == TEXT
-        if last and (full or id is None):
-            cut.append(id)
-        elif id is None:
+        full = ids is not None and len(chunk.ids) + len(ids) > TEXT
+        if last and (full or ids is None):
+            cut += [None] if ids is None else ids
+        elif ids is None:
             chunks.append(Chunk([], []))
         else:
-            if full:
-                chunks.append(chunk.tail(TEXT if id == tokenizer.comma else _break_at(chunk.ids, tokenizer.comma)))
-            chunks[-1].ids.append(id)
-            chunks[-1].weights.append(weight)
+            if full and len(ids) > 1:
+                chunks.append(Chunk([], []))
+            elif full:
+                start = TEXT if ids[0] == tokenizer.comma else _break_at(chunk.ids, tokenizer.comma)
+                chunks.append(chunk.tail(start))
+            chunks[-1].ids += ids
+            chunks[-1].weights += [weight] * len(ids)
     if len(chunks) > 1 and not chunks[-1].ids:
         chunks.pop()  # a BREAK at the end opens no chunk
     return chunks, cut
@@ -165,13 +168,13 @@ def emphasise(states: Float, weights: list[float], emphasis: Emphasis) -> Float:
     return weighted
 
 
-def _weighted_ids(tokenizer: Tokenizer, spans: Iterable[Span]) -> Iterator[tuple[int | None, float]]:
-    """Yield (id, weight) of every token; id None is a BREAK."""
+def _weighted_ids(tokenizer: Tokenizer, spans: Iterable[Span]) -> Iterator[tuple[list[int] | None, float]]:
+    """Yield (ids, weight) of every token, or embedding of several; None is a BREAK."""
     for span in spans:
         if span.text is None:
             yield None, 1.0
         else:
-            yield from ((id, span.weight) for id in tokenizer.encode(span.text))
+            yield from ((ids, span.weight) for ids in tokenizer.together(tokenizer.encode(span.text)))
 
 
 def _break_at(ids: list[int], comma: int | None) -> int:

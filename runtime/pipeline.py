@@ -302,6 +302,8 @@ class Pipeline:
         """The model's own vocabulary; CLIP's where the folder has none."""
         if self._tokenizer is None:
             self._tokenizer = Tokenizer.clip() if self._vocabulary is None else Tokenizer.load(self._vocabulary)
+            words = {e.word: range(e.first, e.first + e.count) for e in self.manifest.embeddings}
+            self._tokenizer.add_words(words)
         return self._tokenizer
 
     def close(self) -> None:

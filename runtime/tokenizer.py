@@ -12,11 +12,15 @@ import gzip
 import html
 import itertools
 import json
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glassine.errors import PackageError, RequestError
+
+if TYPE_CHECKING:
+    import regex
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
@@ -71,6 +75,30 @@ class Tokenizer:
         self._cache: dict[str, list[str]] = {}
         self.bos, self.eos = vocab[BOS], vocab[EOS]
         self.comma = vocab.get("," + _END)
+        self._added: dict[str, range] = {}
+        self._triggers: regex.Pattern[str] | None = None
+
+    def add_words(self, words: Mapping[str, range]) -> None:
+        """Let words stand for ids of their own: textual inversions. The longest that fits is taken.
+
+        Args:
+            words: word, as people write it -> its ids.
+        """
+        import regex
+
+        self._added = {clean(word): ids for word, ids in words.items()}
+        longest_first = sorted(self._added, key=len, reverse=True)
+        pattern = "|".join(regex.escape(word) for word in longest_first)
+        self._triggers = regex.compile(rf"(?<!\w)(?:{pattern})(?!\w)") if words else None
+
+    def together(self, ids: list[int]) -> Iterator[list[int]]:
+        """Cut ids into those that belong together: all of an added word's, else one by one."""
+        lengths = {word[0]: len(word) for word in self._added.values()}
+        at = 0
+        while at < len(ids):
+            count = lengths.get(ids[at], 1)
+            yield ids[at : at + count]
+            at += count
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -114,7 +142,8 @@ class Tokenizer:
         """Return the words of `text` that a small vocabulary does not have as one token; none for CLIP's own."""
         if len(self._ids) >= _SMALL:
             return []
-        pieces = dict.fromkeys(self._pieces.findall(clean(text)))
+        texts = [part for part in self._cut(clean(text)) if isinstance(part, str)]
+        pieces = dict.fromkeys(piece for part in texts for piece in self._pieces.findall(part))
         return [piece for piece in pieces if piece.isalpha() and len(self._symbols(piece)) > 1]
 
     def encode(self, text: str) -> list[int]:
@@ -125,11 +154,15 @@ class Tokenizer:
         """
         ids: list[int] = []
         unknown: list[str] = []
-        for piece in self._pieces.findall(clean(text)):
-            try:
-                ids += [self._ids[symbol] for symbol in self._symbols(piece)]
-            except KeyError:
-                unknown.append(piece)
+        for part in self._cut(clean(text)):
+            if isinstance(part, range):
+                ids += part
+                continue
+            for piece in self._pieces.findall(part):
+                try:
+                    ids += [self._ids[symbol] for symbol in self._symbols(piece)]
+                except KeyError:
+                    unknown.append(piece)
         if unknown:
             raise RequestError(
                 f"prompt: this model does not know {', '.join(map(repr, dict.fromkeys(unknown)))}; "
@@ -140,9 +173,24 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Return text that encodes to `ids`: lower case, every piece followed by a space, special tokens left out."""
         inverse = {symbol: byte for byte, symbol in enumerate(self._bytes)}
-        text = "".join(self._tokens[id] for id in ids if id not in (self.bos, self.eos)).replace(_END, " ")
-        data = b"".join(b" " if symbol == " " else bytes([inverse[symbol]]) for symbol in text)
+        added = {ids[0]: word for word, ids in self._added.items()}
+        data = b""
+        for id in ids:
+            if id in added:
+                data += f"{added[id]} ".encode()
+            elif id in self._tokens and id not in (self.bos, self.eos):
+                token = self._tokens[id].replace(_END, " ")
+                data += b"".join(b" " if symbol == " " else bytes([inverse[symbol]]) for symbol in token)
         return data.decode("utf-8", errors="replace").strip()
+
+    def _cut(self, text: str) -> Iterator[str | range]:
+        """Cut clean text into words that were added, as their ids, and what lies between them."""
+        at = 0
+        for match in self._triggers.finditer(text) if self._triggers is not None else ():
+            yield text[at : match.start()]
+            yield self._added[match.group()]
+            at = match.end()
+        yield text[at:]
 
     def _symbols(self, piece: str) -> list[str]:
         """Return the tokens of one piece: its byte symbols, merged in the order of the ranks."""

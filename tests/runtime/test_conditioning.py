@@ -199,6 +199,9 @@ class Letters:
 
     bos, eos, comma = 1, 2, ord(",")
 
+    def together(self, ids: list[int]) -> list[list[int]]:
+        return [[id] for id in ids]
+
     def encode(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
