@@ -24,15 +24,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from glassine.convert.package import write_package
-from glassine.convert.program import Requests, lower
+from glassine.convert.folder import ConvertOptions, convert_checkpoint
 from glassine.convert.vocabulary import clip_vocabulary
-from glassine.convert.weights import Arrays
-from glassine.manifest import Manifest, Part, Scheduler
 from glassine.models.config import TextEncoderConfig, UNetConfig, VAEConfig
-from glassine.models.text_encoder import text_encoder
-from glassine.models.unet import unet
-from glassine.models.vae import vae_decoder, vae_encoder
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.noise import randn
 from glassine.runtime.pipeline import Pipeline
@@ -58,37 +52,39 @@ UNET = UNetConfig(
     heads=(2, 4),
     context_dim=48,
     norm_groups=8,
-    linear_projection=True,
 )
+LINEAR = dataclasses.replace(UNET, linear_projection=True)
 OPEN_CLIP = {"width": 64, "layers": 3, "heads": 1, "intermediate": 80, "activation": "gelu"}
 BIG_G = TextEncoderConfig(**OPEN_CLIP, skip=1, final_norm=False, projection_dim=32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """One family at a small size: its networks, and what glassine.json says of it."""
+    """One family at a small size: its networks, and what diffusers' configurations say of it."""
 
     unet: UNetConfig
     texts: dict[str, TextEncoderConfig]
     prediction: str = "epsilon"
     latent_scale: float = 0.18215
     zero_snr: bool = False
-    clip_skip: int = 1
 
 
-SDXL = {"latent_scale": 0.13025, "clip_skip": 2}
 SDXL_TEXTS = {"text_encoder": dataclasses.replace(CLIP_L, skip=1, final_norm=False), "text_encoder_2": BIG_G}
 H = {"text_encoder": TextEncoderConfig(**OPEN_CLIP)}
 MODELS = {
-    "sd2": Model(unet=dataclasses.replace(UNET, context_dim=64), texts=H, prediction="v_prediction"),
+    "sd2": Model(unet=dataclasses.replace(LINEAR, context_dim=64), texts=H, prediction="v_prediction"),
     "sd2_zero_snr": Model(
-        unet=dataclasses.replace(UNET, context_dim=64), texts=H, prediction="v_prediction", zero_snr=True
+        unet=dataclasses.replace(LINEAR, context_dim=64), texts=H, prediction="v_prediction", zero_snr=True
     ),
-    "sdxl": Model(unet=dataclasses.replace(UNET, context_dim=112, time_ids=6, pooled_dim=32), texts=SDXL_TEXTS, **SDXL),
+    "sdxl": Model(
+        unet=dataclasses.replace(LINEAR, context_dim=112, time_ids=6, pooled_dim=32),
+        texts=SDXL_TEXTS,
+        latent_scale=0.13025,
+    ),
     "refiner": Model(
-        unet=dataclasses.replace(UNET, context_dim=64, time_ids=5, pooled_dim=32),
+        unet=dataclasses.replace(LINEAR, context_dim=64, time_ids=5, pooled_dim=32),
         texts={"text_encoder_2": BIG_G},
-        **SDXL,
+        latent_scale=0.13025,
     ),
     "inpainting": Model(unet=dataclasses.replace(UNET, in_channels=9), texts={"text_encoder": CLIP_L}),
     "pix2pix": Model(unet=dataclasses.replace(UNET, in_channels=8), texts={"text_encoder": CLIP_L}),
@@ -118,41 +114,21 @@ class Bench:
                 **{role: self._networks.transformers_clip(config) for role, config in model.texts.items()},
             }
             modules["vae"].register_to_config(scaling_factor=model.latent_scale)
-            folder = self._folder / name
-            self._write(folder, model, modules)
+            source, folder = self._folder / f"{name}-source", self._folder / name
+            for role, module in modules.items():
+                module.save_pretrained(source / role)
+            schedule = {"prediction_type": model.prediction, "rescale_betas_zero_snr": model.zero_snr, **TRAINING}
+            write_json(source / "scheduler" / "scheduler_config.json", schedule)
+            write_json(source / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+            options = ConvertOptions(sizes=((SIZE, SIZE),), attention="sdpa", layout="channels_last", batch=2)
+            convert_checkpoint(source, folder, options)
             self._made[name] = (modules, Pipeline.load(folder))
         return self._made[name]
 
-    def _write(self, folder, model, modules):
-        folder.mkdir()
-        state, part_of = self._networks.state, self._networks.part_of
-        form = {"attention": "sdpa", "layout": "channels_last"}
-        cells = {"height": SIZE // 8, "width": SIZE // 8}
-        vae = state(modules["vae"])
-        jobs = {
-            "unet": (unet, model.unet, state(modules["unet"]), {"batch": 2, **cells, **form}),
-            "vae_decoder": (vae_decoder, VAE, part_of(vae, "decoder", "post_quant"), {**cells, **form}),
-            "vae_encoder": (
-                vae_encoder, VAE, part_of(vae, "encoder", "quant_conv"), {"height": SIZE, "width": SIZE, **form},
-            ),
-            **{role: (text_encoder, config, state(modules[role]), {}) for role, config in model.texts.items()},
-        }  # fmt: skip
-        parts = {}
-        for role, (write, config, arrays, sizes) in jobs.items():
-            requests = Requests({key: array.shape for key, array in arrays.items()})
-            lowered = lower(write(config, requests, **sizes))
-            write_package(folder / f"{role}.mlpackage", lowered, Arrays(arrays))
-            about = {"pad": 0} if getattr(config, "activation", "") == "gelu" else {}
-            parts[role] = Part(
-                file=f"{role}.mlpackage", role=role, inputs=lowered.inputs, outputs=lowered.outputs, parameters=0,
-                precision="float16", source="", source_sha256="", about=about,
-            )  # fmt: skip
-        write_vocabulary(folder)
-        Manifest(
-            name=folder.name, family="", prediction_type=model.prediction, width=SIZE, height=SIZE, batch=2, tokens=77,
-            latent_scale=model.latent_scale, clip_skip=model.clip_skip, parts=parts,
-            scheduler=Scheduler(zero_terminal_snr=model.zero_snr),
-        ).write(folder)  # fmt: skip
+
+def write_json(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_vocabulary(folder):

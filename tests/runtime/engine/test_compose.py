@@ -45,7 +45,7 @@ def test_a_chain_hands_on_what_later_chunks_need():
     with pytest.raises(EngineError, match=r"no inputs \['y'\], only \['c', 't', 'x'\]"):
         chain.predict(x=x, t=t, c=c, y=c)
     chain.close()
-    assert not (first.open or second.open or third.open)
+    assert not any(stage.open for stage in (first, second, third))
 
 
 def test_names_and_layouts():
