@@ -22,7 +22,7 @@ from glassine.errors import PackageError, RequestError
 from glassine.manifest import Part
 from glassine.runtime.branches import guidance_of
 from glassine.runtime.compose import checkerboard, composite_rgba
-from glassine.runtime.decode import decode_latents
+from glassine.runtime.decode import decode_latents, preview
 from glassine.runtime.denoiser import Conditioning, Denoiser, Guidance, Relay
 from glassine.runtime.image import over_grey
 from glassine.runtime.inputs import Inputs
@@ -81,15 +81,23 @@ class LayerRun(Run):
     def preview(self, step: Step) -> Bytes:
         """Return a rough picture (H, W, 3) uint8 of the first frame, over a checkerboard if it will be transparent.
 
-        What is mid-grey counts as transparent: a preview knows no more.
+        What looks as plain grey does counts as transparent: a preview knows no more.
         """
         pixels = super().preview(step)
         if self.patch.frames[0] not in self.patch.decoded:
             return pixels
-        drawn = pixels.astype(np.float32) - 127.5
-        share = np.clip(np.abs(drawn).max(axis=-1, keepdims=True) / _GREY_REACH, 0, 1)
+        tone = self._grey_tone()
+        share = np.clip(np.abs(pixels - tone).max(axis=-1, keepdims=True) / _GREY_REACH, 0, 1)
         checks = checkerboard(pixels.shape[1], pixels.shape[0])
-        return np.asarray(np.rint(np.clip(pixels + (checks - 127.5) * (1 - share), 0, 255)), np.uint8)
+        return np.asarray(np.rint(np.clip(pixels + (checks - tone) * (1 - share), 0, 255)), np.uint8)
+
+    def _grey_tone(self) -> Float:
+        """The colour (3,) that plain grey has in a preview, which is only roughly grey."""
+        latent = grey_latent(self._pipe)
+        if latent is None:
+            return np.full(3, 127.5, np.float32)
+        shown = preview((latent * self._pipe.manifest.latent_scale)[None, :, None, None], self._pipe.preview_matrix())
+        return shown[0, 0].astype(np.float32)
 
     def finish(self) -> Result:
         """Make the steps that are left, decode every frame, and put protected pixels back."""
@@ -264,13 +272,19 @@ def alpha_decoder(pipe: Pipeline) -> AlphaDecoder:
     turned = None
     if width != height and pipe.manifest.part("transparent_decoder", (height, width)) is not None:
         turned = pipe.engine("transparent_decoder", (height, width)).predict
-    grey = None
-    if shape[2:] != (height, width) and pipe.manifest.part("vae_encoder", pipe.size) is not None:
-        plain = pipe.posterior_mean(np.zeros((1, 3, height, width), np.float32))
-        grey = plain[0].mean(axis=(1, 2))
+    grey = grey_latent(pipe) if shape[2:] != (height, width) else None
     return AlphaDecoder(
         pipe.engine("transparent_decoder").predict, (shape[3], shape[2]), turned=turned, grey_latent=grey
     )
+
+
+def grey_latent(pipe: Pipeline) -> Float | None:
+    """Return the latent (4,) of plain grey, unscaled; None if the model has no VAE encoder."""
+    if pipe.manifest.part("vae_encoder", pipe.size) is None:
+        return None
+    width, height = pipe.size
+    plain = pipe.posterior_mean(np.zeros((1, 3, height, width), np.float32))
+    return np.asarray(np.median(plain[0], axis=(1, 2)), np.float32)
 
 
 def stop_step(schedule: NoiseSchedule, sigmas: Sigmas, stop_at: float) -> int:

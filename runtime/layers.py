@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -73,7 +74,7 @@ def draw_layers(
     task: Task,
     given: Mapping[str, Bytes] | None = None,
     *,
-    draw: Draw = Run.finish,
+    draw: Draw = methodcaller("finish"),
 ) -> Stack:
     """Draw the layers that `task` asks for.
 
