@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glassine.commands.further import check_places, further_of, further_of_file, further_options
-from glassine.commands.lora import extras_of, extras_options
+from glassine.commands.lora import extras_of, extras_options, previews_of, refuse_extras
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     help="split: Neural Engine and GPU; einsum: GPU and CPU; sdpa: the fused operation of macOS 15.",
 )
 @click.option(
+    "--functions",
+    is_flag=True,
+    help="Several sizes in one package, for macOS 15.  [default: a package each, weights shared by hard links]",
+)
+@click.option(
     "--chunks",
     type=click.IntRange(1, 8),
     help="Packages to cut the UNet into.  [default: with split attention the fewest that the Neural Engine can load]",
@@ -60,6 +65,11 @@ if TYPE_CHECKING:
     "--layout",
     type=click.Choice(["channels_first", "channels_last"]),
     help="Of the tokens.  [default: channels_first for split, channels_last for the others]",
+)
+@click.option(
+    "--palette",
+    metavar="8|6|4|int8|FILE",
+    help="Bits a weight of the UNet; 6/16: a table for every 16 channels (macOS 15); or a recipe.  [default: fp16]",
 )
 @click.option("--name", help="The model's name.  [default: the file's]")
 @click.option(
@@ -98,23 +108,29 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
     Example:
       glassine convert dreamshaper_8.safetensors dreamshaper
       glassine convert dreamshaper_8.safetensors ink --lora ink.safetensors=0.8 --lora lcm.safetensors
+      glassine convert dreamshaper_8.safetensors small --palette 6
       glassine convert unet.safetensors parts --part unet --size 768x512 --attention einsum
       glassine convert control_v11p_sd15_canny.safetensors --base dreamshaper --name canny
       glassine convert vae_transparent_decoder.safetensors --base dreamshaper
     """
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
     from glassine.convert.imports import import_coremltools
+    from glassine.convert.palettize import Palette
 
     check_places(base, out, asked)
     import_coremltools()
     if base is not None:
+        refuse_extras(asked)
         _add(source, base, as_json, asked)
         return
     assert out is not None
     asked["tokens"] = int(asked["tokens"])
     if asked["layout"] is None:
         asked["layout"] = "channels_first" if asked["attention"] == "split" else "channels_last"
-    options = ConvertOptions(extras=extras_of(asked), further=further_of(asked), **asked)
+    if asked["palette"] is not None:
+        asked["palette"] = Palette.read(asked["palette"])
+    further = (*further_of(asked), *previews_of(asked))
+    options = ConvertOptions(extras=extras_of(asked), further=further, **asked)
     with bar("reading") as advance:
         manifest = convert_checkpoint(
             source, out, options, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}")

@@ -9,7 +9,7 @@ cuts are put where few bytes cross them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -199,7 +199,8 @@ class _Graph:
         block = function.block_specializations[function.opset]
         block.outputs.extend(returned)
         block.operations.extend(operations[index] for index in kept)
-        plan = self._moved(block.operations)
+        plan = Plan()
+        move(block.operations, self._records, plan)
 
         model = Model_pb2.Model(specificationVersion=self._model.specificationVersion)
         model.description.metadata.CopyFrom(self._model.description.metadata)
@@ -230,14 +231,16 @@ class _Graph:
 
         return MIL_pb2.NamedValueType(name=name, type=self._made[name][1])
 
-    def _moved(self, operations: Sequence[Any]) -> Plan:
-        """Give what the operations store its places in a plan of their own."""
-        plan = Plan()
-        for operation in operations:
-            for value in _stored(operation):
-                record = self._records[value.blobFileValue.offset]
-                value.blobFileValue.offset = plan.place(record.content, record.shape, record.dtype)
-        return plan
+
+def move(operations: Sequence[Any], records: Mapping[int, Record], plan: Plan) -> None:
+    """Give what the operations store its places in another plan; `records` are those of the old one by offset."""
+    for operation in operations:
+        for value in _stored(operation):
+            offset = value.blobFileValue.offset
+            if offset not in records:
+                raise ConversionError("a network whose weights lie in another's file cannot be cut or joined")
+            record = records[offset]
+            value.blobFileValue.offset = plan.place(record.content, record.shape, record.dtype)
 
 
 def _stored(operation: Any) -> Iterator[Any]:

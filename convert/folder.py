@@ -185,7 +185,7 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
         raise PackageError(f"{out}: exists; choose another folder or pass --overwrite to replace it")
     if not (out / FILE_NAME).is_file():
         raise PackageError(f"{out}: has no {FILE_NAME}, so Glassine did not make it and does not replace it")
-    further = ("UnetRefiner", "ControlledUnet", "AdaptedUnet", r"(ControlNet|Adapter)_[\w.-]+?")
+    further = ("UnetRefiner", "ControlledUnet", "AdaptedUnet", "PreviewDecoder", r"(ControlNet|Adapter)_[\w.-]+?")
     names = "|".join((*PACKAGES.values(), *further))
     packages = rf"({names})(Chunk\d)?(_\d+x\d+)?\.(mlpackage|mlmodelc|weights\.json)"
     texts = {FILE_NAME, STORE, VOCABULARY, MERGES, ".DS_Store"}

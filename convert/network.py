@@ -40,6 +40,8 @@ class ConvertOptions:
     chunks: packages to cut each UNet into, 1 for a whole one. None: for `attention` "split" the fewest that the Neural
         Engine can load (weight files below 2 GiB), else 1.
     palette: how the UNets and control networks store their weights in fewer bits; None: in fp16.
+    functions: several sizes become functions of one package, which needs macOS 15; else they are packages that share
+        their weight file by hard links.
     part: only this network ("vae": both ways).
     name: of the model; None takes the source's file name.
     family, prediction_type, distilled, vae_precision: override what the source says, see `detect` and `vae_range.py`.
@@ -56,6 +58,7 @@ class ConvertOptions:
     attention: Attention = "split"
     layout: Layout = "channels_first"
     chunks: int | None = None
+    functions: bool = False
     palette: Palette | None = None
     part: Role | Literal["vae"] | None = None
     name: str | None = None
@@ -115,6 +118,7 @@ class Network:
     sizes: None means all of the folder's.
     attention, layout: the form it is written in; None where it has no choice.
     chunks: packages that it is cut into; None: the fewest that the Neural Engine can load.
+    functions: all sizes in one package, as functions of it.
     palette: how its weights are stored in fewer bits; those who live in one weight.bin have the same.
     """
 
@@ -137,6 +141,7 @@ class Network:
     layout: Layout | None = None
     precision: str = "float16"
     chunks: int | None = 1
+    functions: bool = False
     palette: Palette | None = None
 
     def with_palette(self, palette: Palette | None) -> Network:

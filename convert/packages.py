@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,9 +25,11 @@ from glassine import __version__
 from glassine.convert.checkpoint import shorten
 from glassine.convert.chunks import cut
 from glassine.convert.digest import Files
+from glassine.convert.functions import join
 from glassine.convert.index import write_index
 from glassine.convert.network import Network, Size
 from glassine.convert.package import write_files
+from glassine.convert.palettize import Loss
 from glassine.convert.program import Description, Lowered, Plan, Requests, lower
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError
@@ -69,13 +73,15 @@ class Planned:
     suffix: str  # of a size that is not the folder's own, "_768x512"
     lowered: Lowered
     weights: WeightSource
-    whole: Lowered | None = None  # of which it is the chunk of this number, counted from 1
+    whole: Lowered | None = None  # of which it is the chunk of this number, counted from 1, or one function
     chunk: int = 0
+    function: str = ""  # in a package that all sizes share
 
     @property
     def name(self) -> str:
         """The package's stem."""
-        return self.network.package + (f"Chunk{self.chunk}" if self.chunk else "") + self.suffix
+        stem = self.network.package + (f"Chunk{self.chunk}" if self.chunk else "")
+        return stem if self.function else stem + self.suffix
 
     @property
     def file(self) -> str:
@@ -119,6 +125,8 @@ def plan_packages(
     Raises:
         ConversionError: weights are missing, left over, or of another shape.
     """
+    from glassine.models.layers import newest_opset
+
     jobs = [(network, size) for network in networks for size in (sizes if network.sizes is None else network.sizes)]
     plans: dict[tuple[str, Size], Plan] = {}
     homes = _homes(networks, hosts)
@@ -128,13 +136,13 @@ def plan_packages(
         suffix = "" if size == sizes[0] else f"_{size[0]}x{size[1]}"
         report(Progress("graphs", network.package + suffix, i, len(jobs)))
         requests = Requests(network.weights.shapes, {weight: f"{network.key}:{weight}" for weight in network.changed})
-        with _collector_off():
+        with _collector_off(), newest_opset(network.functions or _is_grouped(network)):
             program = network.write(requests, size)
             requests.check(str(network.source.path))
             home = network.key if network.beside is None else network.beside
             if (home, size) not in plans:
                 plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
-            lowered = lower(program, _description(network, name), plans[home, size])
+            lowered = lower(program, _description(network, name), plans[home, size], network.palette)
             pieces = cut(lowered, network.chunks)
         asked.setdefault(id(network.weights), set()).update(requests.asked)
         package = Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home])
@@ -144,7 +152,29 @@ def plan_packages(
             packages += [replace(package, lowered=p, whole=lowered, chunk=n) for n, p in enumerate(pieces, start=1)]
     for network in networks:
         _check_all_used(network, asked[id(network.weights)])
+        if network.functions:
+            packages = _joined(packages, network)
     report(Progress("graphs", "", len(jobs), len(jobs)))
+    return packages
+
+
+def _is_grouped(network: Network) -> bool:
+    return network.palette is not None and network.palette.grouped
+
+
+def _joined(packages: list[Planned], network: Network) -> list[Planned]:
+    """The packages, those of one network at several sizes being functions of one package (or of each of its chunks)."""
+    own = [package for package in packages if package.network is network]
+    for chunk in {package.chunk for package in own}:
+        names = {f"size_{p.size[0]}x{p.size[1]}": p for p in own if p.chunk == chunk}
+        if len(names) < 2:
+            continue
+        together = join({name: package.lowered for name, package in names.items()})
+        whole = {id(p): p.lowered if p.whole is None else p.whole for p in names.values()}
+        as_functions = {
+            id(p): replace(p, lowered=together, whole=whole[id(p)], function=name) for name, p in names.items()
+        }
+        packages = [as_functions.get(id(package), package) for package in packages]
     return packages
 
 
@@ -238,7 +268,14 @@ def bytes_needed(packages: Sequence[Planned]) -> int:
 def _is_written(packages: Sequence[Planned], package: Planned) -> bool:
     """Whether its weight.bin is a new file, not a link to one that is there or that comes before it."""
     plan = package.lowered.plan
+    if _is_function_of_an_earlier(packages, package):
+        return False
     return _twin(packages, package) is None and (plan.onto is None or bool(plan.records))
+
+
+def _is_function_of_an_earlier(packages: Sequence[Planned], package: Planned) -> bool:
+    """Whether the package's file is that of another size, which comes before it."""
+    return next(other for other in packages if other.file == package.file) is not package
 
 
 def _twin(packages: Sequence[Planned], package: Planned) -> Planned | None:
@@ -259,6 +296,8 @@ def write_packages(folder: Path, packages: Sequence[Planned], report: Report) ->
         OSError: the disk.
     """
     for package in packages:
+        if _is_function_of_an_earlier(packages, package):
+            continue
         total = package.lowered.plan.file_size
         done = 0
 
@@ -272,6 +311,8 @@ def write_packages(folder: Path, packages: Sequence[Planned], report: Report) ->
         twin = _twin(packages, package)
         same_as = None if twin is None else folder / twin.file
         write_files(place, package.lowered, package.weights, copied, same_as=same_as)
+        if twin is not None:
+            package.lowered.plan.losses.update(twin.lowered.plan.losses)
         write_index(folder, package.file, package.network.role, package.lowered.plan, package.weights)
 
 
@@ -304,10 +345,29 @@ def _part(group: Sequence[Planned], digests: Mapping[Files, str]) -> Part:
         source_sha256=digests.get(network.files, ""),
         attention=network.attention,
         layout=network.layout,
+        palette=None if network.palette is None else str(network.palette),
         config=dataclasses.asdict(network.config),
         about={
             **network.about,
             **{key: digests.get(files, "") for key, files in network.hashed.items()},
             **({"chunks": [chunk.file for chunk in group]} if package.chunk else {}),
+            **({"function": package.function} if package.function else {}),
+            **_lost({name: loss for piece in group for name, loss in piece.lowered.plan.losses.items()}),
         },
     )
+
+
+def _lost(losses: Mapping[str, Loss]) -> dict[str, Any]:
+    """What storing weights in fewer bits has lost, for glassine.json: signal to noise in dB, over all and the worst."""
+    if not losses:
+        return {}
+    forms = Counter(str(loss.form) for loss in losses.values())
+    worst = min(losses, key=lambda name: losses[name].snr)
+    power, error = (math.fsum(getattr(loss, what) for loss in losses.values()) for what in ("power", "error"))
+    return {
+        "palette": {
+            "weights": dict(sorted(forms.items())),
+            "snr_db": round(10 * math.log10(power / error), 2) if error else None,
+            "worst": {"name": worst, "snr_db": round(losses[worst].snr, 2)},
+        }
+    }

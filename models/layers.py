@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -73,18 +74,32 @@ class Scope:
 def build(inputs: Inputs, body: Callable[..., Mapping[str, Var]], *, attention: Attention = "einsum") -> Program:
     """Make the program whose one function `main` computes body(**inputs); all outputs are cast to fp32.
 
-    The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the fused attention operation needs it.
+    The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the fused attention operation needs it or `newest_opset`
+    says so.
     """
     _reset_conversion_state()  # operation names count up for the life of the process otherwise
     builtin = {np.float16: types.fp16, np.float32: types.fp32}
     placeholders = {name: mb.placeholder(shape, dtype=builtin[dtype]) for name, (shape, dtype) in inputs.items()}
     program = Program()
-    opset = ct.target.iOS18 if attention == "sdpa" else ct.target.iOS16
+    opset = ct.target.iOS18 if attention == "sdpa" or _NEWEST.get() else ct.target.iOS16
     with Function(placeholders, opset_version=opset) as function, _shared_literals():
         results = body(**function.inputs)
         function.set_outputs([mb.cast(x=result, dtype="fp32", name=name) for name, result in results.items()])
     program.add_function("main", function)
     return program
+
+
+_NEWEST: ContextVar[bool] = ContextVar("newest_opset", default=False)
+
+
+@contextmanager
+def newest_opset(wanted: bool = True) -> Iterator[None]:
+    """Write the programs of this block in the opset of macOS 15, which a package of several functions needs."""
+    token = _NEWEST.set(wanted)
+    try:
+        yield
+    finally:
+        _NEWEST.reset(token)
 
 
 @contextmanager
