@@ -15,8 +15,7 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 
 from glassine.models.adapter import adapter
-from glassine.models.attention import FORMS
-from glassine.models.config import AdapterConfig, ControlNetConfig, UNetConfig
+from glassine.models.config import SD15, AdapterConfig, ControlNetConfig, UNetConfig
 from glassine.models.controlnet import controlnet
 from glassine.models.unet import feature_shapes, skip_shapes, unet
 
@@ -156,9 +155,9 @@ FULL = [("split", "channels_first"), ("einsum", "channels_last"), ("sdpa", "chan
 @pytest.mark.parametrize(
     ("name", "attention", "layout"),
     [
-        *(("sd1", *form) for form in sorted(FORMS)),
-        *((name, *form) for name in ("sdxl", "union") for form in FULL),
-        *((name, "split", "channels_first") for name in ("shuffle", "sd2", "mid", "small")),
+        *(("sd1", *form) for form in FULL),
+        *(("union", *form) for form in FULL[:2]),
+        *((name, "split", "channels_first") for name in ("shuffle", "sd2", "sdxl", "mid", "small")),
     ],
 )
 def test_controlnet(networks: Any, opened: Opened, name: str, attention: str, layout: str) -> None:
@@ -180,7 +179,7 @@ def test_controlnet(networks: Any, opened: Opened, name: str, attention: str, la
     expected = expected_residuals(module, config, given)
     assert len(actual) == len(expected)
     for i, residual in enumerate(expected):
-        assert networks.decibels(actual[f"additional_residual_{i}"], residual) >= PROMISED, i
+        assert networks.decibels(actual[f"additional_residual_{i}"], residual) >= PROMISED, i  # measured 95.8
 
 
 # The controlled and the adapted UNet, and what makes their inputs.
@@ -243,7 +242,7 @@ def test_steered_unet(
     actual = engine.predict(**inputs, **extra)["noise_pred"]
     expected = module(**arguments(inputs), **given).sample.numpy()
     plain = module(**arguments(inputs)).sample.numpy()
-    assert networks.decibels(actual, expected) >= PROMISED
+    assert networks.decibels(actual, expected) >= PROMISED  # measured 96.8
     assert networks.decibels(plain, expected) < 30  # the residuals are seen
 
 
@@ -258,7 +257,7 @@ def test_adapter(networks: Any, opened: Opened, name: str) -> None:
     expected = [feature.numpy() for feature in module(torch.from_numpy(hint))]
     assert [f.shape[1:] for f in expected] == feature_shapes(replace(base, features=len(expected)), height, width)
     for i, feature in enumerate(expected):
-        assert networks.decibels(actual[f"adapter_residual_{i}"], feature) >= PROMISED, i
+        assert networks.decibels(actual[f"adapter_residual_{i}"], feature) >= PROMISED, i  # measured 111.8
 
 
 def test_no_control_is_exact(networks: Any, opened: Opened) -> None:
@@ -272,3 +271,29 @@ def test_no_control_is_exact(networks: Any, opened: Opened) -> None:
     np.testing.assert_array_equal(
         steered.predict(**inputs, **zeros)["noise_pred"], plain.predict(**inputs)["noise_pred"]
     )
+
+
+@pytest.mark.full
+def test_stable_diffusion_1_5(networks: Any, opened: Opened) -> None:
+    """The real sizes at 512 x 512, net and UNet; 9 GB of memory."""
+    config = ControlNetConfig(unet=SD15.unet)
+    inputs = {name: array[:1] for name, array in inputs_of(SD15.unet, 64, 64).items()}
+    module = networks.randomised(diffusers_control(config))
+    hint = hint_of(3, 64, 64, rows=1)
+    given = arguments(inputs)
+    expected = expected_residuals(module, config, {**given, "controlnet_cond": torch.from_numpy(hint)})
+    engine = opened(controlnet, config, networks.state(module), batch=1, tokens=TOKENS)
+    del module
+    actual = engine.predict(**inputs, controlnet_cond=hint)
+    engine.close()
+    for i, residual in enumerate(expected):
+        assert networks.decibels(actual[f"additional_residual_{i}"], residual) >= PROMISED, i
+    steered = replace(SD15.unet, residuals=True)
+    module = networks.diffusers_unet(SD15.unet)
+    tensors = [torch.from_numpy(np.array(residual)) for residual in expected]
+    extra = {"down_block_additional_residuals": tensors[:-1], "mid_block_additional_residual": tensors[-1]}
+    noise = module(**given, **extra).sample.numpy()
+    engine = opened(unet, steered, networks.state(module), batch=1, tokens=TOKENS)
+    del module
+    residuals = {f"additional_residual_{i}": np.array(residual) for i, residual in enumerate(expected)}
+    assert networks.decibels(engine.predict(**inputs, **residuals)["noise_pred"], noise) >= PROMISED
