@@ -20,8 +20,8 @@ MARKS = {"ok": "ok  ", "note": "note", "missing": "miss"}
 def demo(model: Path | None, out: Path, as_json: bool, **asked: Any) -> None:
     """Draw with the embedded tiny model.
 
-    Converts the tiny family that ships with Glassine (seconds), then draws a prompt, a change map, a soft inpaint and a
-    strength fan, and one contact sheet of them.
+    Converts the tiny family that ships with Glassine (seconds), then draws a prompt, a change map, a soft inpaint, a
+    strength fan and a shape that follows drawn edges, and one contact sheet of them.
 
     \b
     Example:

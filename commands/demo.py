@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from glassine.runtime.change_map import n_table, parse, to_cells
+from glassine.runtime.control import Control
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.fan import columns, fan_map, label
 from glassine.runtime.image import save_png
@@ -26,10 +28,13 @@ from glassine.runtime.request import Request
 from glassine.runtime.run import sigmas_of
 from glassine.runtime.schedule import STABLE_DIFFUSION
 
-TINY = Path(__file__).parents[1] / "models" / "tiny" / "tiny.safetensors"
+FAMILY = Path(__file__).parents[1] / "models" / "tiny"
+TINY = FAMILY / "tiny.safetensors"
 PROMPT = "a big red star in the middle, blue background"
 OTHER = "a big yellow circle in the middle, blue background"
 INSIDE = "a big green heart in the middle, blue background"
+STEERED = "a red star, blue background"
+EDGES = "canny"  # the family's control net
 RAMP = "gradient:left-right"
 SPOT = "ellipse:15%,15%,70%,70%:soft=24"
 SETTINGS: dict[str, Any] = {"guidance_scale": 5.0, "steps": 20, "output": "numpy"}
@@ -61,7 +66,8 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
     folder = model if model is not None else convert_tiny(out / "model", report)
     panels: list[Panel] = []
     with Pipeline.load(folder, options) as pipe:
-        for draw in (draw_prompt, draw_plan, draw_map, draw_spot, draw_inpaint, draw_fan):
+        steered = (draw_edges, draw_control) if f"control:{EDGES}" in pipe.manifest.parts else ()
+        for draw in (draw_prompt, draw_plan, draw_map, draw_spot, draw_inpaint, draw_fan, *steered):
             panels.append(draw(pipe, panels))
             report(f"{panels[-1].caption}: {panels[-1].seconds:.1f} s")
     paths = [out / f"{index}-{panel.name}.png" for index, panel in enumerate(panels, 1)]
@@ -74,12 +80,16 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
 
 def convert_tiny(folder: Path, report: Report) -> Path:
     """Convert the embedded family into `folder`, replacing what an earlier demo left there."""
+    from glassine.convert.control import Control as ControlFile
+    from glassine.convert.control import control_networks
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
     from glassine.convert.imports import import_coremltools
 
     start = time.perf_counter()
     import_coremltools()
-    convert_checkpoint(TINY, folder, ConvertOptions(attention="einsum", layout="channels_last", overwrite=True))
+    nets = partial(control_networks, [ControlFile(FAMILY / "tiny_control_canny.safetensors", name=EDGES)])
+    options = ConvertOptions(attention="einsum", layout="channels_last", overwrite=True, further=(nets,))
+    convert_checkpoint(TINY, folder, options)
     report(f"the embedded tiny model, converted: {time.perf_counter() - start:.1f} s")
     return folder
 
@@ -126,6 +136,27 @@ def draw_fan(pipe: Pipeline, panels: list[Panel]) -> Panel:
         return label(pixels, strips, "approximate: one run")
 
     return _timed("fan", f'a strength fan, 0 to 1: "{OTHER}"', draw)
+
+
+def draw_edges(pipe: Pipeline, _: list[Panel]) -> Panel:
+    """A drawing's edges: a star where the prompt alone would hardly put it."""
+    from glassine.runtime.preprocess import Preprocess, hint
+
+    width, height = pipe.size
+    points = np.arange(10)
+    angles, reach = points * np.pi / 5 - 1.27, np.where(points % 2, 0.105, 0.234) * min(pipe.size)
+    corners = zip(0.68 * width + reach * np.cos(angles), 0.35 * height + reach * np.sin(angles), strict=True)
+    drawing = Image.new("RGB", pipe.size)
+    ImageDraw.Draw(drawing).polygon(list(corners), fill="white")
+    return _timed(
+        "edges", "a drawn hint: the edges of a star", lambda: hint(drawing, pipe.size, Preprocess(name="canny")).pixels
+    )
+
+
+def draw_control(pipe: Pipeline, panels: list[Panel]) -> Panel:
+    """The edges decide where the shape goes."""
+    controls = [Control(EDGES, panels[-1].pixels)]
+    return _timed("control", f'with them: "{STEERED}"', lambda: pipe(STEERED, seed=4, controls=controls, **SETTINGS))
 
 
 def contact_sheet(panels: list[Panel]) -> NDArray[np.uint8]:
