@@ -140,6 +140,21 @@ def transparent_networks(files: Sequence[TransparentFile], base: Base) -> list[N
     return networks
 
 
+def is_transparent(path: Path) -> bool:
+    """Whether a file is one of LayerDiffuse's, by its keys.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not path.is_file():
+        return False
+    checkpoint = open_checkpoint(path)
+    try:
+        return bool(_possible_kinds(checkpoint, said=False))
+    except CheckpointError:
+        return False
+
+
 def _kind(checkpoint: Checkpoint, file: TransparentFile, base: Base) -> Kind:
     """What the file is, by its keys, then by its name or digest where they cannot tell."""
     possible = _possible_kinds(checkpoint, said=file.kind == "transparent")

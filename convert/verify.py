@@ -18,6 +18,9 @@ from glassine.convert.control import read_adapter, read_controlnet
 from glassine.convert.control_files import is_control, open_control
 from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import digests
+from glassine.convert.network import Network
+from glassine.convert.transparency import is_transparent
+from glassine.convert.verify_layers import layer_networks, layer_outputs
 from glassine.errors import ConversionError, MissingDependency, PackageError
 from glassine.manifest import Manifest, Part
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
@@ -58,7 +61,7 @@ def verify_folder(
 
     Args:
         folder: made by `convert_checkpoint`.
-        source: what it was made of, or a control file that was added to it.
+        source: what it was made of, or a control or LayerDiffuse file that was added to it.
         parts: the keys to compare ("unet", "vae_decoder" ...); empty means all that come from the source.
         options: which engine to run the packages on.
         report: called with (done, total, role) before each part and after the last.
@@ -72,7 +75,10 @@ def verify_folder(
     unknown = sorted(set(parts) - set(manifest.parts))
     if unknown:
         raise PackageError(f"{folder}: has no part {', '.join(unknown)}, only {', '.join(manifest.parts)}")
-    made = _control(folder, manifest, source) if is_control(source) else _checkpoint(manifest, source)
+    if is_control(source):
+        made = _control(folder, manifest, source)
+    else:
+        made = _layers(folder, manifest, source) if is_transparent(source) else _checkpoint(manifest, source)
     beyond = sorted(set(parts) - set(made))
     if beyond or not made:
         what = ", ".join(beyond) if beyond else "any part"
@@ -132,6 +138,19 @@ def _control(folder: Path, manifest: Manifest, source: Path) -> dict[str, _Made]
     }
 
 
+def _layers(folder: Path, manifest: Manifest, source: Path) -> dict[str, _Made]:
+    """The parts that a file of LayerDiffuse made, by its digest."""
+
+    def expected(network: Network, inputs: Arrays) -> Arrays:
+        torch, _ = _judge("reference_layers")
+        with torch.inference_mode():
+            results = layer_outputs(network, {key: torch.from_numpy(array) for key, array in inputs.items()})
+        return {output: tensor.numpy() for output, tensor in results.items()}
+
+    networks = layer_networks(folder, manifest, source)
+    return {name: _Made(_unet_inputs, partial(expected, network)) for name, network in networks.items()}
+
+
 def _verify(folder: Path, name: str, part: Part, made: _Made, options: EngineOptions | None) -> PartReport:
     stages = [open_engine(folder / Path(file).name, options) for file in part.about.get("chunks", [part.file])]
     engine: Engine = Chain(stages) if len(stages) > 1 else stages[0]
@@ -181,15 +200,16 @@ def _inputs(role: str, detected: Detected, engine: Engine) -> Arrays:
 def _unet_inputs(engine: Engine) -> Arrays:
     """What a UNet reads, and what the networks that steer it read."""
     rng = np.random.default_rng(0)
-    special = {"timestep", "time_ids", "controlnet_cond", "control_type"}
+    pictures = {"controlnet_cond", "pixel", "argb"}
+    special = {"timestep", "time_ids", "control_type", *pictures}
     given = {name: _normal(rng, engine, name) for name in engine.inputs if name not in special}
     shapes = {name: engine.inputs[name].shape for name in special if name in engine.inputs}
     if "timestep" in shapes:
         given["timestep"] = np.linspace(999, 21, *shapes["timestep"]).round().astype(np.float32)
     if "time_ids" in shapes:
         given["time_ids"] = rng.integers(0, 4096, shapes["time_ids"]).astype(np.float32)
-    if "controlnet_cond" in shapes:
-        given["controlnet_cond"] = rng.random(shapes["controlnet_cond"]).astype(np.float16).astype(np.float32)
+    for name in sorted(pictures & set(shapes)):
+        given[name] = rng.random(shapes[name]).astype(np.float16).astype(np.float32)
     if "control_type" in shapes:
         rows, types = shapes["control_type"]
         given["control_type"] = np.eye(types, dtype=np.float32)[np.arange(rows) % types]
