@@ -13,6 +13,7 @@ from glassine.commands.options import FOLDER, as_json, give, options, say
 
 if TYPE_CHECKING:
     from glassine.convert.extras import Extras
+    from glassine.convert.network import Further
     from glassine.manifest import MergedLora
     from glassine.runtime.prompt import NetworkTag
 
@@ -23,6 +24,7 @@ extras_options = options(
     click.option("--ema", is_flag=True, help="Take the UNet's running average, where the file has one."),
     click.option("--embedding", "embeddings", multiple=True, metavar="FILE[=WORD]",
                  help="Teach the text encoder a textual inversion; WORD is the file's name.  May be repeated."),
+    click.option("--taesd", type=click.Path(path_type=Path), help="TAESD's decoder, which --preview draws with then."),
     click.option("--allow-pickle", is_flag=True,
                  help="Read .ckpt, .pt and .bin too, with torch's weights-only loader; prefer .safetensors."),
 )  # fmt: skip
@@ -43,6 +45,24 @@ def extras_of(asked: dict[str, Any]) -> Extras:
         embeddings=tuple(EmbeddingFile.parse(words) for words in asked.pop("embeddings")),
         **{name: asked.pop(name) for name in ("vae", "ema", "allow_pickle")},
     )
+
+
+def refuse_extras(asked: dict[str, Any]) -> None:
+    """Refuse what is laid over a checkpoint where a file is added to a folder that has been converted."""
+    given = [name for name in ("loras", "vae", "ema", "embeddings", "taesd", "allow_pickle") if asked.pop(name)]
+    if given:
+        words = ", ".join(f"--{name.replace('_', '-').removesuffix('s')}" for name in given)
+        raise click.UsageError(f"{words}: goes with a checkpoint, not with --base; LoRAs go in with 'glassine lora'")
+
+
+def previews_of(asked: dict[str, Any]) -> tuple[Further, ...]:
+    """Take the preview decoder out of the convert verb's parameters."""
+    from functools import partial
+
+    from glassine.convert.previews import preview_networks
+
+    path = asked.pop("taesd")
+    return () if path is None else (partial(preview_networks, path, allow_pickle=asked["allow_pickle"]),)
 
 
 @click.command()

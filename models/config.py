@@ -213,6 +213,15 @@ class TextEncoderConfig:
             raise ConversionError(f"text encoder: cannot skip {self.skip} of {self.layers} layers")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyDecoderConfig:
+    """TAESD's decoder: `blocks` before every doubling of the size, and before the last convolution."""
+
+    channels: int = 64
+    latent_channels: int = 4
+    blocks: tuple[int, ...] = (3, 3, 3, 1)
+
+
 Config = TypeVar(
     "Config",
     UNetConfig,

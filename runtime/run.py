@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from glassine.runtime.pipeline import Pipeline
 
 Float = NDArray[np.float32]
+PREVIEW_DECODER = "preview_decoder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +101,13 @@ class Run:
         return self._generator
 
     def preview(self, step: Step) -> NDArray[np.uint8]:
-        """Return a rough picture (H, W, 3) uint8 of what the step predicts, in about a millisecond."""
+        """Return a rough picture (H, W, 3) uint8 of what the step predicts.
+
+        In about a millisecond, or by the model's preview decoder where it has one.
+        """
+        if self._pipe.manifest.part(PREVIEW_DECODER, self._pipe.size) is not None:
+            predict = self._pipe.engine(PREVIEW_DECODER).predict
+            return decode_latents(predict, step.denoised[:1].astype(np.float32, copy=False), latent_scale=1.0)
         return preview(step.denoised.astype(np.float32, copy=False), self._pipe.preview_matrix())
 
     def cancel(self) -> None:
