@@ -117,7 +117,8 @@ def test_from_draws_the_controlled_picture_byte_for_byte(glassine, controlled, e
     second = glassine("generate", controlled, "--from", "first.png", "-o", "second.png")
     assert second.exit_code == 0, second.stderr
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
-    record = json.loads(Image.open(tmp_path / "first.png").info["glassine"])
+    with Image.open(tmp_path / "first.png") as image:
+        record = json.loads(image.info["glassine"])
     assert [control["weight"] for control in record["controls"]] == [0.8, 1.0]
     edges.write_bytes(photo.read_bytes())
     changed = glassine("generate", controlled, "--from", "first.png", "-o", "third.png")
