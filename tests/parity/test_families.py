@@ -6,7 +6,9 @@ that leaves the query's weights as they are.
 
 import dataclasses
 import json
+import shutil
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
@@ -362,3 +364,69 @@ def test_instruct_pix2pix(bench, tokenizers, picture, text, image):
     inputs = read_inputs(picture, MapSource(), SIZE, SIZE, latents=randn(SEED, SHAPE))
     request = requested(guidance_scale=text, image_guidance=image)
     assert relative(bench.pipe("pix2pix").run(request, inputs).finish().latents, theirs) < CLOSE
+
+
+APPLE = {
+    "TextEncoder": "text_encoder", "TextEncoder2": "text_encoder_2", "Unet": "unet", "UnetRefiner": "refiner",
+    "VAEDecoder": "vae_decoder", "VAEEncoder": "vae_encoder",
+}  # fmt: skip
+
+
+@pytest.fixture
+def apple_folder(bench, tmp_path):
+    """SDXL and its refiner as Apple's Python code names them, and nothing that says what they are."""
+    packages = [*bench.pipe("sdxl").folder.glob("*.mlpackage"), *bench.pipe("refiner").folder.glob("UnetR*.mlpackage")]
+    for package in packages:
+        name = f"Stable_Diffusion_version_stabilityai_stable-diffusion-xl-base-1.0_{APPLE[package.stem]}.mlpackage"
+        shutil.copytree(package, tmp_path / name)
+    return tmp_path
+
+
+def test_sdxl_and_its_refiner_as_apple_names_them(bench, apple_folder, monkeypatch):
+    pipe = bench.pipe("sdxl")
+    monkeypatch.setattr(pipe, "refiner", bench.pipe("refiner"))
+    request = requested(refine_at=0.5, original_size=(96, 96))
+    with Pipeline.load(apple_folder) as theirs:
+        assert (theirs.manifest.family, theirs.manifest.latent_scale, theirs.manifest.clip_skip) == ("sdxl", 0.13025, 2)
+        assert np.array_equal(drawn(theirs, request), drawn(pipe, request))
+
+
+class AppleUNet(torch.nn.Module):
+    """diffusers' UNet behind the inputs of Apple's Python code, where the six numbers of all rows are one vector."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, sample, timestep, encoder_hidden_states, time_ids, text_embeds):
+        context = encoder_hidden_states.squeeze(2).transpose(1, 2)
+        added = {"time_ids": time_ids.reshape(2, 6), "text_embeds": text_embeds}
+        return self.module(sample, timestep, context, added_cond_kwargs=added, return_dict=False)[0]
+
+
+@pytest.mark.slow  # coremltools converts for 20 s
+@pytest.mark.filterwarnings("ignore")  # of tracing and of coremltools' frontend, about code that is not ours
+def test_a_unet_that_coremltools_converted(bench, tokenizers, apple_folder):
+    pipe = sdxl(StableDiffusionXLPipeline, bench.modules("sdxl"), tokenizers, euler())
+    theirs = pipe(PROMPT, **from_noise()).images.numpy()
+    (package,) = apple_folder.glob("*_unet.mlpackage")
+    shutil.rmtree(package)
+    shutil.rmtree(next(apple_folder.glob("*_refiner.mlpackage")))
+    shapes = {
+        "sample": (2, 4, SIZE // 8, SIZE // 8), "timestep": (2,), "encoder_hidden_states": (2, 112, 1, 77),
+        "time_ids": (12,), "text_embeds": (2, 32),
+    }  # fmt: skip
+    module = AppleUNet(bench.modules("sdxl")["unet"]).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(module, tuple(torch.ones(shape) for shape in shapes.values()), check_trace=False)
+    ct.convert(
+        traced,
+        inputs=[ct.TensorType(name, shape, dtype=np.float16) for name, shape in shapes.items()],
+        outputs=[ct.TensorType("noise_pred", dtype=np.float32)],
+        minimum_deployment_target=ct.target.macOS13,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    ).save(str(package))
+    with Pipeline.load(apple_folder) as ours:
+        assert ours.unet_inputs["time_ids"] == (2, 6)
+        assert relative(drawn(ours, requested()), theirs) < CLOSE
