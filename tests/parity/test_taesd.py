@@ -58,7 +58,7 @@ def test_previews(spelling, theirs, tiny_checkpoint, checkpoints, tmp_path):
         with torch.no_grad():
             drawn = theirs.decoder(torch.from_numpy(step.denoised.astype(np.float32))).numpy()
         pixels = np.clip((drawn[0].transpose(1, 2, 0) + 1) * 127.5, 0, 255)
-        assert np.abs(run.preview(step).astype(np.float64) - pixels).max() <= 2  # measured 1.1: rounded to whole numbers
+        assert np.abs(run.preview(step).astype(np.float64) - pixels).max() <= 2  # measured 1.1
 
 
 def test_what_is_no_taesd_is_refused(tiny_checkpoint, tmp_path):
