@@ -326,7 +326,12 @@ def check_fits(net: Net, unet: Shapes) -> None:
 def _hint_of(ready: ReadyControl, net: Net) -> Float:
     """The hint as the net wants it: its channels, once a row."""
     _, channels, *size = net.inputs[HINT]
-    hint = ready.hint
+    hint, said = ready.hint, ready.control
+    if net.about.get("preprocessor") == "inpaint" and said.preprocess is None and said.mask is None:
+        raise RequestError(
+            f'control net "{net.name}" wants to know what to draw anew; give it a mask, or say preprocess=inpaint to '
+            "take the run's (preprocess=none for the hint as it is)"
+        )
     if list(hint.shape[2:]) != size:
         raise RequestError(
             f'control net "{net.name}" wants a hint of {size[1]}x{size[0]} pixels, this one has '

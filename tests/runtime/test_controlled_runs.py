@@ -217,6 +217,13 @@ def test_an_inpainting_net_sees_minus_one_where_the_map_changes(pipe, photo):
     assert given.hint[:, :, 8:].min() >= 0
 
 
+def test_an_inpainting_net_is_told_what_to_draw_anew(make_pipe, photo):
+    with make_pipe(preprocessor="inpaint") as pipe:
+        with pytest.raises(RequestError, match="wants to know what to draw anew; give it a mask, or say preprocess="):
+            pipe("a cat", controls=[Control("inpaint", photo)], **SETTINGS)
+        pipe("a cat", controls=[Control("inpaint", photo, preprocess="none")], **SETTINGS)
+
+
 def test_hints_are_made_by_preprocessors_and_fitted(pipe, photo):
     wide = np.repeat(photo, 2, axis=1)
     (ready,) = with_controls(pipeline.Inputs(), [Control("canny", wide, preprocess="canny")], (SIDE, SIDE)).controls
