@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glassine.models.tiny.train import extras, files, measure, networks
+from glassine.models.tiny.train import files, measure, networks
 from glassine.models.tiny.train.drawings import SHAPES, render, sample
 from glassine.models.tiny.train.judge import truth
 
@@ -40,19 +40,6 @@ def test_the_judge_is_not_fooled_by_the_background_alone(judge):
     assert len(SHAPES) == 10
 
 
-def test_four_lcm_steps_draw_what_the_prompt_says(family, tmp_path):
-    additions = networks.add_lora(family.unet, extras.LCM_LAYERS, extras.LCM_RANK)
-    files.read(TINY / "tiny_lcm_lora.safetensors", files.kohya_lora(additions))
-    figures = measure.measure_lcm(family, tmp_path)
-    assert min(figures.values()) >= 0.8, figures  # 12 pictures; over 300: shape 0.993, colour 0.990, background 0.977
-
-
-@pytest.mark.full
-def test_twenty_steps_draw_what_the_prompt_says(family, tmp_path):
-    figures = measure.measure_prompts(family, tmp_path, 5.0)
-    assert min(figures.values()) >= 0.9, figures  # 12 pictures; over 300: shape 1.000, colour 0.993, background 1.000
-
-
 def test_the_vae_keeps_drawings(family, tmp_path):
     figures = measure.measure_vae(family, tmp_path)
-    assert figures["psnr"] >= 29.5, figures  # 12 pictures; over 300: 31.2 dB
+    assert figures["psnr"] >= 31, figures  # 12 pictures; over 300: 33.1 dB
