@@ -36,7 +36,7 @@ def compressed(operation: Operation, form: Form, version: int, place: Place) -> 
     (out,) = operation.outputs
     shape = tuple(int(size) for size in out.shape)
     if form.group and version < IOS18:
-        raise ConversionError(f"palette {form}: a table a group of channels is for macOS 15, so for --attention sdpa")
+        raise ConversionError(f"palette {form}: a table a group of channels needs the operations of macOS 15")
     type_, values = (_ios18 if version >= IOS18 else _ios16)(form, shape, place)
     made = MIL_pb2.Operation(type=type_, attributes={"name": create_scalar_value(operation.name)})
     for name, value in values.items():

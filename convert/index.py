@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glassine.convert.program import Plan
+from glassine.convert.program import Encoded, Plan
 from glassine.convert.weights import WeightSource
 from glassine.errors import PackageError
 
@@ -59,9 +59,12 @@ def part_of(role: str) -> str | None:
 
 
 def write_index(folder: Path, package: str, role: str, plan: Plan, weights: WeightSource) -> None:
-    """Write the index of `package` (its file name) into `folder`, if it is one that LoRAs change."""
+    """Write the index of `package` (its file name) into `folder`, if it is one that LoRAs change.
+
+    A package whose weights are stored in fewer bits has none: what they were is not in it.
+    """
     part = part_of(role)
-    if part is None:
+    if part is None or any(isinstance(record.content, Encoded) for record in plan.records):
         return
     places = []
     for record, weight in plan.weights():

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from glassine import __version__
 from glassine.convert.checkpoint import shorten
-from glassine.convert.chunks import cut
+from glassine.convert.chunks import cut, cuts_of
 from glassine.convert.digest import Files
 from glassine.convert.functions import join
 from glassine.convert.index import write_index
@@ -101,10 +101,14 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A network whose packages exist already: its weights, and the plan that continues its weight.bin of a size."""
+    """A network whose packages exist already.
+
+    plan: the one that continues its weight.bin of a size; of a network in chunks an empty one. cuts: as `cuts_of` them.
+    """
 
     weights: WeightSource
     plan: Callable[[Size], Plan]
+    cuts: Callable[[Size], Sequence[int]]
 
 
 def plan_packages(
@@ -129,6 +133,7 @@ def plan_packages(
 
     jobs = [(network, size) for network in networks for size in (sizes if network.sizes is None else network.sizes)]
     plans: dict[tuple[str, Size], Plan] = {}
+    cuts: dict[tuple[str, Size], Sequence[int]] = {}  # of the network at home there
     homes = _homes(networks, hosts)
     asked: dict[int, set[str]] = {}
     packages = []
@@ -142,8 +147,11 @@ def plan_packages(
             home = network.key if network.beside is None else network.beside
             if (home, size) not in plans:
                 plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
+                if home in hosts:
+                    cuts[home, size] = hosts[home].cuts(size)
             lowered = lower(program, _description(network, name), plans[home, size], network.palette)
-            pieces = cut(lowered, network.chunks)
+            pieces = cut(lowered, network.chunks, cuts.get((home, size), ()) if network.beside is not None else ())
+            cuts.setdefault((home, size), cuts_of(pieces))
         asked.setdefault(id(network.weights), set()).update(requests.asked)
         package = Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home])
         if len(pieces) == 1:

@@ -8,10 +8,12 @@ each group of output channels (macOS 15), and `constexpr_affine_dequantize` / `c
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,7 +28,7 @@ Item = Literal["indices", "table", "values", "scales"]
 MAIN_ITEMS = ("indices", "values")  # of which there is one an element
 
 SMALLEST = 2048  # elements; smaller weights stay as they are
-EXACT = 1 << 16  # elements up to which the one table of a weight is the best there is
+EXACT = {4: 16384, 6: 4096, 8: 2048}  # bits -> elements up to which the one table of a weight is the best there is
 _PIECE = 1 << 18  # elements at a time, so that what is made of them stays in the processor's cache
 
 
@@ -81,6 +83,32 @@ class Palette:
     form: Form
     other: Mapping[str, Form | None] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, words: str) -> Palette:
+        """Read the words of a `Form`, or the JSON file of a recipe: {"form": "6", "other": {"conv_in.weight": "8"}}.
+
+        Raises:
+            ConversionError: other words, or a file of another form.
+        """
+        if not words.endswith(".json"):
+            return cls(Form.read(words))
+        try:
+            raw = json.loads(Path(words).read_text(encoding="utf-8"))
+            other = {str(name): None if form is None else Form.read(form) for name, form in raw["other"].items()}
+            return cls(Form.read(raw["form"]), other)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(
+                f'{words}: cannot be used as a recipe ({error}); expected {{"form": "6", "other": {{"NAME": "8"}}}}'
+            ) from None
+
+    def __str__(self) -> str:
+        return "mixed" if self.other else str(self.form)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether any weight has several tables, which are for macOS 15."""
+        return any(form is not None and form.group > 0 for form in (self.form, *self.other.values()))
+
     def form_of(self, name: str, shape: tuple[int, ...]) -> Form | None:
         """Return the form of the weight `name`, or None if it stays as it is.
 
@@ -134,7 +162,7 @@ def encode(weight: Half, form: Form) -> Encoding:
     power = error = 0.0
     for number in range(tables):
         part = slice(number * size, (number + 1) * size)
-        palette = _Table.of(bits[part], form.bits, exact=tables == 1 and len(flat) <= EXACT)
+        palette = _Table.of(bits[part], form.bits, exact=tables == 1 and len(flat) <= EXACT[form.bits])
         table[number] = palette.numbers
         for start in range(part.start, part.stop, _PIECE):
             stop = min(start + _PIECE, part.stop)
