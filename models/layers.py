@@ -9,6 +9,7 @@ MIL variable of the result. Images are (B, C, H, W); tokens are (B, C, 1, S) in 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -102,21 +103,27 @@ def newest_opset(wanted: bool = True) -> Iterator[None]:
         _NEWEST.reset(token)
 
 
+_READERS = 100
+
+
 @contextmanager
 def _shared_literals() -> Iterator[None]:
     """Give equal literals (axes, pads, zero biases) one constant in the function being built.
 
     The builder makes a constant for every argument of every operation: more than half of a program, and of the time it
-    takes to write one. Weights are no literals; they are constants when they come to the builder.
+    takes to write one. Weights are no literals; they are constants when they come to the builder. One constant serves
+    `_READERS` arguments: coremltools counts through all readers of a constant for each of them.
     """
     own = mb.__dict__["_add_const"]
     known: dict[tuple[str, tuple[int, ...], bytes], Var] = {}
+    readers: Counter[tuple[str, tuple[int, ...], bytes]] = Counter()
 
     def add_const(cls: type, val: Any, name: str, before_op: Any) -> Var:
         array = np.asarray(val)
         key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in known:
+        if readers[key] % _READERS == 0:
             known[key] = own.__func__(cls, val, name, before_op)
+        readers[key] += 1
         return known[key]
 
     mb._add_const = classmethod(add_const)
