@@ -1,6 +1,7 @@
 """The name tables, key for key against diffusers' converters and the classes of diffusers and transformers."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from glassine.convert.names import find_layouts, ignored, map_names
 
 SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
-SD21_UNET = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -108,9 +108,44 @@ def test_clip_with_and_without_text_model(checkpoints, prefix, stored):
     assert {name for name in expected if "position_ids" not in name} == set(names.values())
 
 
-def test_sd2_unet_names_are_ready(checkpoints):
-    keys = checkpoints.ldm_unet(checkpoints.SD15)  # SD2's keys are the same
-    assert set(canonical(keys, "unet").values()) == set(sources(meta(UNet2DConditionModel, **SD21_UNET)))
+@pytest.mark.parametrize(("family", "count"), [("sd2", 686), ("sdxl", 1680), ("sdxl_refiner", 1220)])
+def test_the_unet_of_every_family_equals_diffusers(checkpoints, family, count):
+    sizes = checkpoints.FULL_SIZE[family]
+    keys = [f"model.diffusion_model.{key}" for key in checkpoints.ldm_unet(sizes)]
+    assert len(keys) == count
+    network = meta(UNet2DConditionModel, **{**checkpoints.diffusers_configs(sizes)["unet"], "_class_name": ""})
+    expected = theirs(oracle.convert_ldm_unet_checkpoint, keys, dict(network.config))
+    assert canonical(keys, "unet") == expected
+    assert set(expected.values()) == set(sources(network))
+    # And shape for shape: a stacked, transposed or widened weight would not be the same.
+    shapes = checkpoints.ldm_unet(sizes)
+    own = {name: shapes[key.removeprefix("model.diffusion_model.")] for key, name in expected.items()}
+    assert own == sources(network)
+
+
+def test_the_guidance_embedding_has_a_name(checkpoints):
+    sizes = dataclasses.replace(checkpoints.SD15, guidance=256)
+    network = meta(UNet2DConditionModel, **{**checkpoints.diffusers_configs(sizes)["unet"], "_class_name": ""})
+    assert set(canonical(checkpoints.ldm_unet(sizes), "unet").values()) == set(sources(network))
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "part"),
+    [
+        ("sd2", "cond_stage_model.model.", "text_encoder"),
+        ("sdxl", "conditioner.embedders.1.model.", "text_encoder_2"),
+        ("sdxl_refiner", "conditioner.embedders.0.model.", "text_encoder_2"),
+    ],
+)
+def test_open_clip_of_every_family_is_transformers(checkpoints, family, prefix, part):
+    sizes = checkpoints.FULL_SIZE[family]
+    width, layers = (sizes.clip_width, sizes.text_layers) if family == "sd2" else (1280, 32)
+    keys = {prefix + key for key in checkpoints.open_clip_text(sizes, width, layers)}
+    names = map_names(keys, find_layouts(keys))
+    assert not names.unknown
+    config = CLIPTextConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=16, projection_dim=width)
+    network = meta(CLIPTextModelWithProjection, config=config)
+    assert set(names.parts[part]) == {name for name in sources(network) if "position_ids" not in name}
 
 
 def test_open_clip_equals_diffusers(checkpoints):
