@@ -117,7 +117,7 @@ def detect(
     _refuse_leftovers(checkpoint, names)
     _drop_unread_layer(names)
     parts: dict[Part, WeightSource] = {part: FileWeights(checkpoint, table) for part, table in names.parts.items()}
-    shapes = {part: Shapes(part, weights) for part, weights in parts.items()}
+    shapes = {part: Shapes(part, weights, str(checkpoint.path)) for part, weights in parts.items()}
     base, why = _family(checkpoint, shapes, family)
     found = _described(checkpoint, shapes, base)
     training = read_training(checkpoint, found, parts.get("unet"), prediction_type=prediction_type, distilled=distilled)

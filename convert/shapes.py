@@ -37,16 +37,19 @@ SUPPORTED = (
 class Shapes:
     """Shapes of one part by canonical name, remembering which tensor decided what."""
 
-    def __init__(self, part: Part, weights: WeightSource) -> None:
+    def __init__(self, part: Part, weights: WeightSource, file: str = "the source") -> None:
         self.part = part
         self.reasons: dict[str, str] = {}
         self._weights = weights
+        self._file = file
 
     def size(self, what: str, name: str, axis: int, rank: int | None = None) -> int:
         """The size of `name` along `axis`, which decides `what`."""
         shape = self._weights.shapes.get(name)
         if shape is None:
-            raise ConversionError(f"{self.part}: the source has no {name}, which tells the {what}; it is incomplete")
+            raise ConversionError(
+                f"{self._file}: the {self.part} has no {name}, which tells the {what}; it is incomplete"
+            )
         if len(shape) <= axis or (rank is not None and len(shape) != rank):
             raise ConversionError(f"{self._weights.origin(name)} has shape {shape}, which tells no {what}")
         if shape[axis] < 1:
