@@ -32,6 +32,7 @@ from glassine.convert.packages import (
 )
 from glassine.convert.program import Requests
 from glassine.convert.shapes import SAMPLE_CHANNELS
+from glassine.convert.transparency import with_control
 from glassine.convert.vae_range import probe_vae
 from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
@@ -99,6 +100,8 @@ def convert_checkpoint(
     networks = _networks(checkpoint, detected, options)
     for listed in options.further:
         networks += listed(_base(checkpoint, detected, networks, options))
+    if options.further:
+        networks += with_control(networks, _base(checkpoint, detected, networks, options))
     networks = [network.with_palette(options.palette) for network in networks]
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if any(network.role in TEXT_ROLES for network in networks) else {}

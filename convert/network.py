@@ -114,7 +114,7 @@ class Network:
     about: what only this kind of part has to say. hashed: further entries of `about` -> files of which they are the
         sha256.
     beside: the key of a network whose weight.bin this one lives in, hard-linked; it has that network's weights, but
-        for the names in `changed`, which get records of their own.
+        for the names in `changed`, which get records of their own. That network may itself live beside another.
     sizes: None means all of the folder's.
     attention, layout: the form it is written in; None where it has no choice.
     chunks: packages that it is cut into; None: the fewest that the Neural Engine can load.

@@ -66,9 +66,13 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """One package to be written; `weights` serve its whole plan, which it may share."""
+    """One package to be written; `weights` serve its whole plan, which it may share.
+
+    home: the key of the network in whose weight.bin it lives.
+    """
 
     network: Network
+    home: str
     size: Size
     suffix: str  # of a size that is not the folder's own, "_768x512"
     lowered: Lowered
@@ -92,11 +96,6 @@ class Planned:
     def key(self) -> str:
         """Its key in the manifest."""
         return self.network.key + self.suffix
-
-    @property
-    def home(self) -> str:
-        """The key of the network in whose weight.bin it lives."""
-        return self.network.key if self.network.beside is None else self.network.beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +139,11 @@ def plan_packages(
     for i, (network, size) in enumerate(jobs):
         suffix = "" if size == sizes[0] else f"_{size[0]}x{size[1]}"
         report(Progress("graphs", network.package + suffix, i, len(jobs)))
-        requests = Requests(network.weights.shapes, {weight: f"{network.key}:{weight}" for weight in network.changed})
+        home, renamed = _place(network, networks)
+        requests = Requests(network.weights.shapes, renamed)
         with _collector_off(), newest_opset(network.functions or _is_grouped(network)):
             program = network.write(requests, size)
             requests.check(str(network.source.path))
-            home = network.key if network.beside is None else network.beside
             if (home, size) not in plans:
                 plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
                 if home in hosts:
@@ -153,7 +152,7 @@ def plan_packages(
             pieces = cut(lowered, network.chunks, cuts.get((home, size), ()) if network.beside is not None else ())
             cuts.setdefault((home, size), cuts_of(pieces))
         asked.setdefault(id(network.weights), set()).update(requests.asked)
-        package = Planned(network=network, size=size, suffix=suffix, lowered=lowered, weights=homes[home])
+        package = Planned(network=network, home=home, size=size, suffix=suffix, lowered=lowered, weights=homes[home])
         if len(pieces) == 1:
             packages.append(package)
         else:
@@ -229,13 +228,26 @@ class _Home:
         return source.origin(rest)
 
 
+def _place(network: Network, networks: Sequence[Network]) -> tuple[str, dict[str, str]]:
+    """The network at home where this one lives, and what each weight is called there that is not the home's own.
+
+    A network that lives beside a guest shares what that guest changed.
+    """
+    renamed = {name: f"{network.key}:{name}" for name in network.changed}
+    if network.beside is None:
+        return network.key, {}
+    host = next((other for other in networks if other.key == network.beside), None)
+    home, known = (network.beside, {}) if host is None else _place(host, networks)
+    return home, {**known, **renamed}
+
+
 def _homes(networks: Sequence[Network], hosts: Mapping[str, Host]) -> dict[str, WeightSource]:
-    own = {network.key: network.weights for network in networks if network.beside is None}
-    own |= {key: host.weights for key, host in hosts.items() if any(guest.beside == key for guest in networks)}
-    return {
-        key: _Home(weights, {guest.key: guest.weights for guest in networks if guest.beside == key})
-        for key, weights in own.items()
-    }
+    guests: dict[str, dict[str, WeightSource]] = {}
+    for network in networks:
+        guests.setdefault(_place(network, networks)[0], {})[network.key] = network.weights
+    own = {key: host.weights for key, host in hosts.items() if key in guests}
+    own |= {network.key: network.weights for network in networks if network.beside is None}
+    return {key: _Home(weights, guests[key]) for key, weights in own.items()}
 
 
 def _check_all_used(network: Network, asked: set[str]) -> None:

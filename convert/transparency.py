@@ -423,13 +423,48 @@ def _unet(
         hashed={"patch_sha256": (checkpoint.path,)},
         beside="unet" if _fit_together(base, patch) else None,
         changed=changed,
+        chunks=base.options.chunks,
+        functions=base.options.functions,
         attention=base.options.attention,
         layout=base.options.layout,
     )
 
 
+def with_control(networks: Sequence[Network], base: Base) -> list[Network]:
+    """The patched UNets among `networks` with inputs for what control networks add, where there are such networks."""
+    if not any(network.role == "control" for network in networks):
+        return []
+    there = {network.key for network in networks}
+    return [
+        controlled(network, base)
+        for network in networks
+        if "frames" in network.about and f"controlled_{network.key}" not in there and not network.config.residuals
+    ]
+
+
+def controlled(network: Network, base: Base) -> Network:
+    """The UNet with inputs for what control networks add: the same weights, one weight.bin."""
+    config = replace(network.config, residuals=True)
+    return replace(
+        network,
+        key=f"controlled_{network.key}",
+        role=f"controlled_{network.role}",
+        package=f"Controlled{network.package}",
+        write=partial(_write_unet, config, base.options),
+        config=config,
+        beside=network.key,
+        changed=frozenset(),
+    )
+
+
 def _fit_together(base: Base, patch: Patch) -> bool:
-    """Whether one weight.bin of both is no larger than the Neural Engine takes, or each alone is so anyway."""
+    """Whether base and patched UNet may have one weight.bin.
+
+    Not where it would be larger than the Neural Engine takes and each alone is not, nor where the base is cut into
+    chunks: a chunk's file is full as it is.
+    """
+    if base.options.chunks is not None and base.options.chunks > 1:
+        return False
 
     def nbytes(shapes: Any) -> int:
         total = 0
@@ -442,7 +477,9 @@ def _fit_together(base: Base, patch: Patch) -> bool:
 
     plain = nbytes(base.unet.shapes.values())
     alone = nbytes({**base.unet.shapes, **patch.shapes}.values())
-    return plain + nbytes(patch.shapes.values()) < _WEIGHT_FILE or max(plain, alone) >= _WEIGHT_FILE
+    if plain + nbytes(patch.shapes.values()) < _WEIGHT_FILE:
+        return True
+    return base.options.chunks == 1 and max(plain, alone) >= _WEIGHT_FILE
 
 
 def _write_unet(config: UNetConfig, options: ConvertOptions, weights: Requests, size: Size) -> Program:
