@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from glassine.runtime.change_map import n_table, parse, to_cells
+from glassine.runtime.compose import checkerboard, flatten, opaque, over
 from glassine.runtime.control import Control
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.fan import columns, fan_map, label
@@ -33,6 +34,8 @@ TINY = FAMILY / "tiny.safetensors"
 PROMPT = "a big red star in the middle, blue background"
 OTHER = "a big yellow circle in the middle, blue background"
 INSIDE = "a big green heart in the middle, blue background"
+ALONE = "a big glass cyan circle"
+FILLED = 4  # the panel with the filled hole
 STEERED = "a red star, blue background"
 EDGES = "canny"  # the family's control net
 RAMP = "gradient:left-right"
@@ -45,7 +48,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One picture of the demo: (H, W, 3) uint8, what it shows, and the seconds it took."""
+    """One picture of the demo: (H, W, 3) or (H, W, 4) uint8, what it shows, and the seconds it took."""
 
     name: str
     caption: str
@@ -67,8 +70,13 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
     panels: list[Panel] = []
     with Pipeline.load(folder, options) as pipe:
         steered = (draw_edges, draw_control) if f"control:{EDGES}" in pipe.manifest.parts else ()
-        for draw in (draw_prompt, draw_plan, draw_map, draw_spot, draw_inpaint, draw_fan, *steered):
+        clear = (draw_transparent, draw_layers) if "transparent_unet" in pipe.manifest.parts else ()
+        for draw in (draw_prompt, draw_plan, draw_map, draw_spot, draw_inpaint, draw_fan, *steered, *clear):
             panels.append(draw(pipe, panels))
+            report(f"{panels[-1].caption}: {panels[-1].seconds:.1f} s")
+    if model is None:
+        with Pipeline.load(convert_tiny(out / "model-lcm", report, lcm=True), options) as pipe:
+            panels.append(draw_lcm(pipe, panels))
             report(f"{panels[-1].caption}: {panels[-1].seconds:.1f} s")
     paths = [out / f"{index}-{panel.name}.png" for index, panel in enumerate(panels, 1)]
     for path, panel in zip(paths, panels, strict=True):
@@ -78,19 +86,33 @@ def run(out: Path, model: Path | None, options: EngineOptions, report: Report) -
     return [sheet, *paths]
 
 
-def convert_tiny(folder: Path, report: Report) -> Path:
-    """Convert the embedded family into `folder`, replacing what an earlier demo left there."""
+def convert_tiny(folder: Path, report: Report, *, lcm: bool = False) -> Path:
+    """Convert the embedded family into `folder`, replacing what an earlier demo left there.
+
+    lcm: with its LCM-LoRA merged, and without the networks for control and transparency.
+    """
     from glassine.convert.control import Control as ControlFile
     from glassine.convert.control import control_networks
+    from glassine.convert.extras import Extras
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
     from glassine.convert.imports import import_coremltools
+    from glassine.convert.lora import LoraFile
+    from glassine.convert.transparency import TransparentFile, transparent_networks
 
     start = time.perf_counter()
     import_coremltools()
     nets = partial(control_networks, [ControlFile(FAMILY / "tiny_control_canny.safetensors", name=EDGES)])
-    options = ConvertOptions(attention="einsum", layout="channels_last", overwrite=True, further=(nets,))
+    files = [
+        TransparentFile(path=FAMILY / f"tiny_transparent_{name}.safetensors") for name in ("attn", "decoder", "encoder")
+    ]
+    further = (nets, partial(transparent_networks, files))
+    options = ConvertOptions(attention="einsum", layout="channels_last", overwrite=True, further=further)
+    if lcm:
+        loras = Extras(loras=(LoraFile(FAMILY / "tiny_lcm_lora.safetensors"),))
+        options = ConvertOptions(attention="einsum", layout="channels_last", overwrite=True, extras=loras)
     convert_checkpoint(TINY, folder, options)
-    report(f"the embedded tiny model, converted: {time.perf_counter() - start:.1f} s")
+    name = "with its LCM-LoRA" if lcm else "converted"
+    report(f"the embedded tiny model, {name}: {time.perf_counter() - start:.1f} s")
     return folder
 
 
@@ -159,6 +181,23 @@ def draw_control(pipe: Pipeline, panels: list[Panel]) -> Panel:
     return _timed("control", f'with them: "{STEERED}"', lambda: pipe(STEERED, seed=4, controls=controls, **SETTINGS))
 
 
+def draw_transparent(pipe: Pipeline, _: list[Panel]) -> Panel:
+    """A picture with an alpha channel."""
+    return _timed("transparent", f'with alpha: "{ALONE}"', lambda: pipe(ALONE, seed=3, transparent=True, **SETTINGS))
+
+
+def draw_layers(_: Pipeline, panels: list[Panel]) -> Panel:
+    """The transparent picture over another one."""
+    layers = [opaque(panels[FILLED].pixels), panels[-1].pixels]
+    return _timed("layers", "laid over the filled picture", lambda: over(layers))
+
+
+def draw_lcm(pipe: Pipeline, _: list[Panel]) -> Panel:
+    """Text to image in four steps."""
+    settings = {**SETTINGS, "steps": 4, "guidance_scale": 1.0, "sampler": "lcm"}
+    return _timed("lcm", f'four LCM steps: "{PROMPT}"', lambda: pipe(PROMPT, seed=2, **settings))
+
+
 def contact_sheet(panels: list[Panel]) -> NDArray[np.uint8]:
     """Lay the panels out with captions; (H, W, 3) uint8."""
     rows = -(-len(panels) // COLUMNS)
@@ -171,9 +210,15 @@ def contact_sheet(panels: list[Panel]) -> NDArray[np.uint8]:
         x, y = GAP + column * (CELL + GAP), GAP + row * (CELL + HEAD + GAP)
         words = textwrap.wrap(f"{panel.caption} ({panel.seconds:.1f} s)", 42)
         write.multiline_text((x, y + HEAD - 6), "\n".join(words), fill="black", font=font, anchor="ld")
-        picture = ImageOps.contain(Image.fromarray(panel.pixels), (CELL, CELL), Image.Resampling.LANCZOS)
+        picture = ImageOps.contain(Image.fromarray(_shown(panel.pixels)), (CELL, CELL), Image.Resampling.LANCZOS)
         sheet.paste(picture, (x + (CELL - picture.width) // 2, y + HEAD))
     return np.asarray(sheet)
+
+
+def _shown(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A transparent picture over a checkerboard, any other as it is."""
+    height, width, channels = pixels.shape
+    return flatten(pixels, checkerboard(width, height)) if channels == 4 else pixels
 
 
 def _plan(words: str, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
