@@ -158,7 +158,9 @@ def reference_text(module: torch.nn.Module, config: Any, ids: torch.Tensor) -> d
         states = norm(states)
     pooled = out.pooler_output if config.projection_dim is None else out.text_embeds
     return {
-        "last_hidden_state": states[config.layers - 1 - config.skip][None].numpy(),
+        "last_hidden_state" if config.final_norm else "hidden_embeds": states[config.layers - 1 - config.skip][
+            None
+        ].numpy(),
         "pooled_outputs": pooled.numpy(),
         "hidden_states": states.numpy(),
     }
@@ -194,6 +196,47 @@ def test_split_bears_large_activations_in_half_precision(networks: Any, opened: 
     engine = opened(unet, config, networks.state(module), **sizes, attention="einsum", layout="channels_last")
     with pytest.raises(EngineError, match="square"):
         engine.predict(timestep=TIMES[0], **inputs)
+
+
+@pytest.mark.parametrize(("attention", "layout"), [("split", "channels_first"), ("einsum", "channels_last")])
+def test_products_of_queries_and_keys_beyond_half_precision(
+    networks: Any, opened: Opened, attention: str, layout: str
+) -> None:
+    """Stable Diffusion 2's hazard: q.k exceeds 65504 before it is divided by sqrt(64), here 80,000 at every token."""
+    config = UNetConfig(
+        channels=(64, 64),
+        layers=1,
+        down_depths=((1,), (0,)),
+        up_depths=((0, 0), (1, 1)),
+        heads=(1, 1),
+        context_dim=24,
+        linear_projection=True,
+    )
+    module = networks.diffusers_unet(config)
+    for name, parameter in module.named_parameters():
+        if "attn1.to_q" in name or "attn1.to_k" in name:
+            parameter.copy_(35.4 * torch.eye(64))  # tokens are normalised: 35.4^2 * 64
+        if "norm1.weight" in name and "transformer" in name:
+            parameter.fill_(1)
+        if "norm1.bias" in name and "transformer" in name:
+            parameter.fill_(0)
+    largest = []
+    hook = (
+        module.down_blocks[0]
+        .attentions[0]
+        .transformer_blocks[0]
+        .norm1.register_forward_hook(
+            lambda _, __, x: largest.append(float(((35.4 * x) @ (35.4 * x).transpose(1, 2)).max()))
+        )
+    )
+    inputs = unet_inputs(config, 12, 8, 9)
+    expected = reference_unet(module, TIMES[0], inputs)
+    hook.remove()
+    assert max(largest) > 65504
+    sizes = {"height": 12, "width": 8, "tokens": 9, "attention": attention, "layout": layout}
+    engine = opened(unet, config, networks.state(module), precision="fp16", **sizes)
+    actual = engine.predict(timestep=TIMES[0], **inputs)["noise_pred"]
+    assert networks.decibels(actual, expected) >= PROMISED  # measured 64.8
 
 
 @pytest.mark.parametrize(("attention", "layout"), [("split", "channels_first"), ("einsum", "channels_last")])
