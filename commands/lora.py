@@ -86,31 +86,20 @@ def lora(model: Path, action: str, names: tuple[str, ...], as_json: bool) -> Non
       glassine lora dreamshaper list
     """
     from glassine.convert.lora import LoraFile
-    from glassine.convert.swap import change_loras, keep_file
+    from glassine.convert.swap import add_loras, remove_loras
     from glassine.manifest import Manifest
 
     if (action == "list") == bool(names):
         raise click.UsageError("'list' takes no names" if names else f"'{action}' takes at least one LoRA")
     manifest = Manifest.read(model)
     if action == "add":
-        asked = [LoraFile.parse(words) for words in names]
-        files = [dataclasses.replace(file, path=keep_file(model, file.path)) for file in asked]
-        added = {file.path.stem for file in files}
-        manifest = change_loras(model, [*_applied(model, manifest, without=added), *files])
+        manifest = add_loras(model, [LoraFile.parse(words) for words in names])
     elif action == "remove":
         _check_removable(model, manifest.loras, names)
-        manifest = change_loras(model, _applied(model, manifest, without=set(names)))
+        manifest = remove_loras(model, names)
     lines = [_line(merged) for merged in manifest.loras]
     result = {"folder": str(model), "loras": [dataclasses.asdict(merged) for merged in manifest.loras]}
     give(result, "\n".join(lines) if lines else f"{model}: no LoRAs", as_json)
-
-
-def _applied(model: Path, manifest: Any, without: set[str]) -> list[Any]:
-    """The removable LoRAs that stay."""
-    from glassine.convert.swap import applied
-
-    staying = tuple(merged for merged in manifest.loras if merged.name not in without)
-    return applied(model, dataclasses.replace(manifest, loras=staying))
 
 
 def _check_removable(model: Path, loras: Sequence[MergedLora], names: Sequence[str]) -> None:

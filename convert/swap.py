@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from glassine.convert.extras import file_sha256
 from glassine.convert.index import Index, part_of, read_indices
 from glassine.convert.lora import Lora, LoraFile, lora_patches
 from glassine.convert.package import check_space
-from glassine.errors import PackageError
+from glassine.errors import CheckpointError, PackageError
 from glassine.manifest import FILE_NAME, STORE, WEIGHT_FILE, Manifest, MergedLora, finish_swap
 
 LORAS = "loras"  # of a model folder: its own copies of LoRA files
@@ -92,6 +92,35 @@ def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
     return changed
 
 
+def add_loras(folder: Path, files: Sequence[LoraFile]) -> Manifest:
+    """Add LoRAs to those in a model folder, or give those that are in it another strength; the folder keeps the files.
+
+    Raises:
+        As `change_loras`.
+    """
+    _patches(_homes(folder), files)  # what is not for this model is refused under the name it came with
+    kept = folder / LORAS
+    fresh = [kept / file.path.name for file in files if not (kept / file.path.name).exists()]
+    try:
+        added = [replace(file, path=keep_file(folder, file.path)) for file in files]
+        return change_loras(folder, [*applied(folder, but={file.path.stem for file in files}), *added])
+    except BaseException:
+        for path in fresh:
+            path.unlink(missing_ok=True)
+        if kept.is_dir() and not any(kept.iterdir()):
+            kept.rmdir()
+        raise
+
+
+def remove_loras(folder: Path, names: Collection[str]) -> Manifest:
+    """Take the LoRAs of these names out of a model folder; their files stay in its `loras`.
+
+    Raises:
+        As `change_loras`.
+    """
+    return change_loras(folder, applied(folder, but=names))
+
+
 def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
     """Return a model folder with `loras` over what `folder` has, made now or before; `folder` itself stays as it is.
 
@@ -101,8 +130,7 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
     with locked(folder) as store:
         manifest = _settled(folder, store)
         homes = _homes(folder)
-        have = [lora for lora in manifest.loras if lora.removable]
-        wanted = [*(LoraFile(_stored(folder, lora), lora.unet, lora.text) for lora in have), *loras]
+        wanted = [*applied(folder), *loras]
         place = store / "variants" / _key(homes, manifest, loras)
         if not place.is_dir():
             patches = _patches(homes, wanted)
@@ -128,6 +156,8 @@ def keep_file(folder: Path, file: Path) -> Path:
     Raises:
         PackageError: another file of this name lies there.
     """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; expected a LoRA")
     kept = folder / LORAS / file.name
     if kept.exists():
         if not kept.samefile(file) and file_sha256(kept) != file_sha256(file):
@@ -142,13 +172,14 @@ def keep_file(folder: Path, file: Path) -> Path:
     return kept
 
 
-def applied(folder: Path, manifest: Manifest) -> list[LoraFile]:
-    """The removable LoRAs in a folder, as the files they were merged from.
+def applied(folder: Path, but: Collection[str] = ()) -> list[LoraFile]:
+    """The removable LoRAs in a folder, as the files they were merged from; without those whose names are in `but`.
 
     Raises:
         PackageError: a file is no longer in the folder's `loras`, or is another one now.
     """
-    return [LoraFile(_stored(folder, lora), lora.unet, lora.text) for lora in manifest.loras if lora.removable]
+    loras = [lora for lora in Manifest.read(folder).loras if lora.removable and lora.name not in but]
+    return [LoraFile(_stored(folder, lora), lora.unet, lora.text) for lora in loras]
 
 
 def described(loras: Sequence[LoraFile], *, removable: bool) -> tuple[MergedLora, ...]:
