@@ -65,7 +65,8 @@ def guidance_of(
         image_scale=request.image_guidance,
         rescale=request.guidance_rescale,
     )
-    return guidance, (*notices, *said)
+    zero = ("guidance 0 draws what the negative prompt says; 1 is without guidance",)
+    return guidance, (*notices, *said, *(zero if request.guidance_scale == 0 else ()))
 
 
 def _conditioning(
