@@ -104,7 +104,7 @@ def checkerboard(width: int, height: int) -> Bytes:
     """Return the grey checks (H, W, 3) uint8 that stand for transparency; 16 of them along the shorter side."""
     side = max(min(width, height) // 16, 1)
     light = (np.arange(height)[:, None] // side + np.arange(width) // side) % 2
-    return np.repeat((255 * np.array(_CHECKS)).astype(np.uint8)[light][..., None], 3, axis=-1)
+    return np.asarray(np.repeat((255 * np.array(_CHECKS))[light][..., None], 3, axis=-1), np.uint8)
 
 
 def composite_rgba(decoded: Bytes, source: Bytes, live: NDArray[Any]) -> Bytes:

@@ -97,7 +97,7 @@ class LayerRun(Run):
         if latent is None:
             return np.full(3, 127.5, np.float32)
         shown = preview((latent * self._pipe.manifest.latent_scale)[None, :, None, None], self._pipe.preview_matrix())
-        return shown[0, 0].astype(np.float32)
+        return np.asarray(shown[0, 0], np.float32)
 
     def finish(self) -> Result:
         """Make the steps that are left, decode every frame, and put protected pixels back."""
