@@ -264,9 +264,9 @@ from pathlib import Path
 from glassine.convert import swap
 from glassine.convert.lora import LoraFile
 files = sorted(Path(sys.argv[1], "loras").iterdir())
-print("ready", flush=True)
 for i in range(10**6):
     swap.change_loras(Path(sys.argv[1]), [LoraFile(file, 1 - (i % 2) / 2) for file in files] if i % 3 else [])
+    print(i, flush=True)
 """
 
 
@@ -279,11 +279,15 @@ def test_killed_at_any_moment_it_is_one_or_the_other(times, model, loras):
         change_loras(model, [LoraFile(file, strength) for file in sorted(files)])
         whole[(strength, strength)] = contents(model)
     chance, seen = random.Random(4), set()
-    for _ in range(times):
+    for i in range(times):
         child = subprocess.Popen([sys.executable, "-c", SCRIPT, model], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
-        time.sleep(chance.uniform(0, 1.5))
+        began = time.monotonic()
+        child.stdout.readline()  # with LoRAs: the time that the next change will take
+        for _ in range(i % 3):
+            child.stdout.readline()
+        time.sleep(chance.uniform(0, time.monotonic() - began) / (1 + i % 3))
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
