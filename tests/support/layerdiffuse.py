@@ -55,22 +55,46 @@ def weights(shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str
     return {key: weight(prefix + key, shape) for key, shape in shapes.items()}
 
 
-def unit_shapes(frames: int, *, channels: int = 320, context: int | None = None, control: bool = False) -> Shapes:
+def unit_shapes(
+    frames: int,
+    *,
+    channels: int = 320,
+    context: int | None = None,
+    control: bool = False,
+    rank: int = 256,
+    signal: int = 256,
+) -> Shapes:
     """One attention of an SD 1.5 file; `context` is the width of the text, None for attention to itself."""
     inner = channels if context is None else context
     shapes: Shapes = {}
     for frame in range(frames):
         for name, columns in (("q", channels), ("k", inner), ("v", inner), ("out", channels)):
-            shapes[f"to_{name}_lora.{frame}.down.weight"] = (256, columns)
-            shapes[f"to_{name}_lora.{frame}.up.weight"] = (channels, 256)
+            shapes[f"to_{name}_lora.{frame}.down.weight"] = (rank, columns)
+            shapes[f"to_{name}_lora.{frame}.up.weight"] = (channels, rank)
     shapes |= {"temporal_n.weight": (channels,), "temporal_n.bias": (channels,)}
     for letter in "iqkvo":
         shapes |= {f"temporal_{letter}.weight": (channels, channels), f"temporal_{letter}.bias": (channels,)}
     for frame in range(frames) if control else ():
-        shapes |= {f"control_convs.{frame}.0.weight": (256, 256, 3, 3), f"control_convs.{frame}.0.bias": (256,)}
+        place = f"control_convs.{frame}"
+        shapes |= {f"{place}.0.weight": (signal, signal, 3, 3), f"{place}.0.bias": (signal,)}
+        shapes |= {f"{place}.2.weight": (channels, signal, 1, 1), f"{place}.2.bias": (channels,)}
+    return shapes
+
+
+def sharing_shapes(units: list[tuple[str, int, int]], context: int, frames: int, *, control: bool = False) -> Shapes:
+    """A small SD 1.5 file, of rank 4, for a UNet with these attentions (name, channels, level)."""
+    shapes: Shapes = {}
+    for index, (unit, channels, _) in enumerate(units):
+        text = context if unit.endswith("attn2") else None
+        unit_of = unit_shapes(frames, channels=channels, context=text, control=control, rank=4, signal=16)
+        shapes |= {f"hookers.layers.{index}.{key}": shape for key, shape in unit_of.items()}
+    widths = (3, 8, 8, 8, 8, 12, 12, 16, 16)
+    places = [(f"blocks_0.{2 * i}", widths[i], widths[i + 1]) for i in range(8)]
+    places += [(f"blocks_{block}.{i}", 16, 16) for block in (1, 2, 3) for i in (0, 2)]
+    for place, inner, outer in places if control else ():
         shapes |= {
-            f"control_convs.{frame}.2.weight": (channels, 256, 1, 1),
-            f"control_convs.{frame}.2.bias": (channels,),
+            f"kwargs_encoder.{place}.weight": (outer, inner, 3, 3),
+            f"kwargs_encoder.{place}.bias": (outer,),
         }
     return shapes
 
