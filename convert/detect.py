@@ -89,7 +89,7 @@ def detect(
     checkpoint: Checkpoint,
     prediction_type: Prediction | None = None,
     *,
-    family: FamilyName | None = None,
+    family: str | None = None,
     distilled: Distilled | None = None,
 ) -> Detected:
     """Recognise the checkpoint and read its networks' sizes.
@@ -185,8 +185,10 @@ def _refuse_leftovers(checkpoint: Checkpoint, names: Names) -> None:
         raise ConversionError(f'{checkpoint.path}: "{first}" and "{second}" are the same weight under two names')
 
 
-def _family(checkpoint: Checkpoint, shapes: Mapping[Part, Shapes], asked: FamilyName | None) -> tuple[Family, str]:
+def _family(checkpoint: Checkpoint, shapes: Mapping[Part, Shapes], asked: str | None) -> tuple[Family, str]:
     """The family, and what decided: the UNet's make, else the text encoder's width, else the VAE's config."""
+    if asked is not None and asked not in FAMILIES:
+        raise ConversionError(f"{checkpoint.path}: the family {asked} is not known, only {', '.join(FAMILIES)}")
     found, why, sure = _likely_family(checkpoint, shapes)
     if asked is None or asked == found.name:
         return found, why if asked is None else "asked for"

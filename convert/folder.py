@@ -66,8 +66,8 @@ _SUMMARIES: dict[Role, str] = {
     "vae_decoder": "Stable Diffusion's decoder: a latent becomes a picture.",
     "vae_encoder": "Stable Diffusion's encoder: a picture becomes the moments of its latent.",
 }
-TEXT_ROLES = ("text_encoder", "text_encoder_2")
-VAE_ROLES = ("vae_decoder", "vae_encoder")
+TEXT_ROLES: tuple[Role, ...] = ("text_encoder", "text_encoder_2")
+VAE_ROLES: tuple[Role, ...] = ("vae_decoder", "vae_encoder")
 _LONGEST_AXIS = 16384  # of the Neural Engine, for which `split` is written
 
 
@@ -218,10 +218,10 @@ def _write(role: Role, family: Family, options: ConvertOptions, weights: Request
     _check_axis(role, family, options, size)
     if role in VAE_ROLES:
         dtype = np.float32 if options.vae_precision == "float32" else np.float16
-        form = {"attention": attention, "layout": layout, "dtype": dtype}
-        if role == "vae_decoder":
-            return vae_decoder(family.vae, weights, height=rows, width=columns, **form)
-        return vae_encoder(family.vae, weights, height=height, width=width, **form)
+        form = partial(vae_decoder, height=rows, width=columns)
+        if role == "vae_encoder":
+            form = partial(vae_encoder, height=height, width=width)
+        return form(family.vae, weights, attention=attention, layout=layout, dtype=dtype)
     if options.tokens % family.text_encoders[0].tokens:
         raise ConversionError(
             f"tokens {options.tokens}: expected a multiple of the text encoder's {family.text_encoders[0].tokens}"

@@ -72,7 +72,8 @@ class _Network:
         y = x.reshape(self.groups, -1)
         y = (y - y.mean(axis=1, keepdims=True)) / np.sqrt(y.var(axis=1, keepdims=True) + _EPS)
         weight, bias = (self.read(f"{name}.{kind}")[:, None, None] for kind in ("weight", "bias"))
-        return y.reshape(x.shape) * weight + bias
+        normal: Array = y.reshape(x.shape) * weight + bias
+        return normal
 
     def resnet(self, name: str, x: Array) -> Array:
         """Two convolutions around a shortcut."""
@@ -118,7 +119,8 @@ class _Network:
 
 def _silu(x: Array) -> Array:
     with np.errstate(over="ignore"):
-        return x / (1 + np.exp(-x))
+        y: Array = x / (1 + np.exp(-x))
+    return y
 
 
 def probe_vae(config: VAEConfig, weights: WeightSource, latent_scale: float) -> tuple[bool, str]:

@@ -152,7 +152,8 @@ def _layers(folder: Path, manifest: Manifest, source: Path) -> dict[str, _Made]:
 
 
 def _verify(folder: Path, name: str, part: Part, made: _Made, options: EngineOptions | None) -> PartReport:
-    stages = [open_engine(folder / Path(file).name, options) for file in part.about.get("chunks", [part.file])]
+    files, function = part.about.get("chunks", [part.file]), part.about.get("function")
+    stages = [open_engine(folder / Path(file).name, options, function=function) for file in files]
     engine: Engine = Chain(stages) if len(stages) > 1 else stages[0]
     try:
         inputs = made.inputs(engine)
@@ -205,7 +206,8 @@ def _unet_inputs(engine: Engine) -> Arrays:
     given = {name: _normal(rng, engine, name) for name in engine.inputs if name not in special}
     shapes = {name: engine.inputs[name].shape for name in special if name in engine.inputs}
     if "timestep" in shapes:
-        given["timestep"] = np.linspace(999, 21, *shapes["timestep"]).round().astype(np.float32)
+        (rows,) = shapes["timestep"]
+        given["timestep"] = np.linspace(999, 21, rows).round().astype(np.float32)
     if "time_ids" in shapes:
         given["time_ids"] = rng.integers(0, 4096, shapes["time_ids"]).astype(np.float32)
     for name in sorted(pictures & set(shapes)):
@@ -237,7 +239,8 @@ def _reference(role: str, detected: Detected, inputs: Mapping[str, NDArray[Any]]
     with torch.inference_mode():
         if role in TEXT_ROLES:
             config = family.text_encoder(role)
-            last, pooled, states = reference.text_encoder(config, detected.parts[role], given["input_ids"].long())
+            weights = next(source for part, source in detected.parts.items() if part == role)
+            last, pooled, states = reference.text_encoder(config, weights, given["input_ids"].long())
             name = "last_hidden_state" if config.final_norm else "hidden_embeds"
             results = {name: last, "pooled_outputs": pooled, "hidden_states": states}
         elif role in UNET_ROLES:

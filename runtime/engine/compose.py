@@ -22,11 +22,13 @@ class Chain:
 
     def __init__(self, stages: Sequence[Engine]) -> None:
         self._stages = tuple(stages)
-        self.inputs: dict[str, TensorSpec] = {}
+        inputs: dict[str, TensorSpec] = {}
         made: set[str] = set()
         for stage in self._stages:
-            self.inputs.update({name: spec for name, spec in stage.inputs.items() if name not in made})
+            inputs.update({name: spec for name, spec in stage.inputs.items() if name not in made})
             made |= set(stage.outputs)
+        self.inputs: Mapping[str, TensorSpec] = inputs
+        self.inputs: Mapping[str, TensorSpec] = inputs
         self.outputs: Mapping[str, TensorSpec] = self._stages[-1].outputs
         first = self._stages[0].realised
         seconds = sum(stage.realised.load_seconds for stage in self._stages)
@@ -74,8 +76,12 @@ class Renamed:
         self._zeros = {name: np.zeros(engine.inputs[name].shape, np.float32) for name in zeros}
         self._outputs = {theirs: ours for ours, theirs in outputs.items()}
         names = {theirs: ours for ours, theirs in inputs.items()}
-        self.inputs = {names.get(name, name): spec for name, spec in engine.inputs.items() if name not in zeros}
-        self.outputs = {self._outputs.get(name, name): spec for name, spec in engine.outputs.items()}
+        self.inputs: Mapping[str, TensorSpec] = {
+            names.get(name, name): spec for name, spec in engine.inputs.items() if name not in zeros
+        }
+        self.outputs: Mapping[str, TensorSpec] = {
+            self._outputs.get(name, name): spec for name, spec in engine.outputs.items()
+        }
         self.realised = engine.realised
 
     def predict(self, **arrays: NDArray[np.generic]) -> Arrays:
