@@ -9,6 +9,7 @@ All is staged in the folder's store and swapped in at once, the manifest last (`
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ from glassine.convert.program import ALIGNMENT, Plan, Weight
 from glassine.convert.swap import explained, locked
 from glassine.convert.weights import Span
 from glassine.errors import ConversionError, PackageError
-from glassine.manifest import WEIGHT_FILE, Manifest, Part, finish_swap
+from glassine.manifest import WEIGHT_FILE, Manifest, finish_swap
 from glassine.models.config import SD2_BASE, SD15, SDXL, UNetConfig, restored
 
 _FAMILIES = {family.name: family for family in (SD15, SD2_BASE, SDXL)}
@@ -81,9 +82,14 @@ def add_networks(
             )
         base = base_of(folder, manifest)
         networks = _new(folder, manifest, [network for listed in further for network in listed(base)], overwrite)
-        hosts = {"unet": Host(base.unet, base.unet.plan)} if isinstance(base.unet, PackagedWeights) else {}
+        unet = PackagedWeights(folder, manifest)
+        hosts = {"unet": Host(unet, unet.plan, unet.cuts)}
+
         with digests(hashed_files(networks), skip=dry_run) as digest:
             packages = plan_packages(networks, manifest.sizes, manifest.name, report, hosts)
+            for package in packages:
+                if package.chunk and package.home in hosts and not package.network.changed:
+                    unet.share(package)
             if dry_run:
                 return _manifest(manifest, packages, {}, base)
             with explained(folder):
@@ -117,6 +123,7 @@ def base_of(folder: Path, manifest: Manifest) -> Base:
         tokens=manifest.tokens,
         attention=unet.attention if unet.attention is not None else "split",  # type: ignore[arg-type]
         layout=unet.layout if unet.layout is not None else "channels_first",  # type: ignore[arg-type]
+        chunks=len(unet.about.get("chunks", [unet.file])),
         name=manifest.name,
     )
     return Base(
@@ -143,64 +150,94 @@ class PackagedWeights:
     def _indices(self) -> Mapping[str, Index]:
         return {index.package: index for index in read_indices(self._folder)}
 
-    def _part(self, size: Size) -> Part:
+    def files(self, size: Size) -> list[str]:
+        """The package of a size, or the chunks it is cut into."""
         part = self._manifest.part("unet", size)
         assert part is not None  # sizes are those of UNets
-        if part.palette is not None or part.about.get("chunks") or part.file not in self._indices:
+        files: list[str] = part.about.get("chunks", [part.file])
+        unknown = [file for file in files if file not in self._indices]
+        if part.palette is not None or unknown:
             raise PackageError(
-                f"{self._folder / part.file}: its weights cannot be read back (palettes, chunks, or no index of them); "
+                f"{self._folder / files[0]}: its weights cannot be read back (they are palettes, or have no index); "
                 "convert the checkpoint again, with this file beside it"
             )
-        return part
+        return files
 
-    def file(self, size: Size) -> Path:
-        """The weight.bin of a size."""
-        return self._folder / self._part(size).file / WEIGHT_FILE
-
-    def index(self, size: Size) -> Index:
-        """The index of a size."""
-        return self._indices[self._part(size).file]
+    def index(self, file: str) -> Index:
+        """The index of a package."""
+        return self._indices[file]
 
     @cached_property
-    def _places(self) -> Mapping[str, Place]:
-        return {place.name: place for place in self.index(self._manifest.sizes[0]).places if not place.owner}
+    def _places(self) -> Mapping[str, tuple[Path, Place]]:
+        return {
+            place.name: (self._folder / file / WEIGHT_FILE, place)
+            for file in self.files(self._manifest.sizes[0])
+            for place in self.index(file).places
+            if not place.owner
+        }
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every weight and its shape."""
-        return {name: place.shape for name, place in self._places.items()}
+        return {name: place.shape for name, (_, place) in self._places.items()}
+
+    def cuts(self, size: Size) -> list[int]:
+        """Bytes of weights in front of each cut between the chunks of a size."""
+        sizes = [sum(place.nbytes for place in self.index(file).places) for file in self.files(size)]
+        return list(itertools.accumulate(sizes))[:-1]
 
     def plan(self, size: Size) -> Plan:
-        """A plan that continues the weight.bin of a size."""
-        path = self.file(size)
-        known = next((other for other in map(self.file, self._manifest.sizes) if other.samefile(path)), path)
-        plan = Plan(onto=known, begin=self.index(size).size)
+        """A plan that continues the weight.bin of a size; an empty one where there are several, see `share`."""
+        if len(self.files(size)) > 1:
+            return Plan()
+        (file,) = self.files(size)
+        path = self._folder / file / WEIGHT_FILE
+        others = (self._folder / name / WEIGHT_FILE for other in self._manifest.sizes for name in self.files(other))
+        known = next(other for other in others if other.samefile(path))
+        plan = Plan(onto=known, begin=self.index(file).size)
         records = {record.data_offset: record for record in read_records(path)}
-        held = {place.offset: (place.dtype, place.nbytes) for place in self.index(size).places}
+        held = {place.offset: (place.dtype, place.nbytes) for place in self.index(file).places}
         if any(at not in records or (records[at].dtype, records[at].nbytes) != what for at, what in held.items()):
             raise PackageError(f"{path}: does not hold what its index says; convert the model again")
-        for name, place in self._places.items():
+        for name, (_, place) in self._places.items():
             weight = Weight(name, place.shape, place.scale, "float32" if place.dtype == "float32" else "float16")
             plan.know(weight, place.dtype, place.offset - ALIGNMENT)
-        with path.open("rb") as file:
+        with path.open("rb") as opened:
             for at, record in records.items():
                 if at not in held:  # a literal of the graphs
-                    file.seek(at)
-                    plan.know(file.read(record.nbytes), record.dtype, record.offset)
+                    opened.seek(at)
+                    plan.know(opened.read(record.nbytes), record.dtype, record.offset)
         return plan
+
+    def share(self, package: Planned) -> None:
+        """Let a chunk of a network with this one's weights have the file of this one's chunk, which holds the same.
+
+        Raises:
+            PackageError: it does not hold the same.
+        """
+        file = self.files(package.size)[package.chunk - 1]
+        path, plan = self._folder / file / WEIGHT_FILE, package.lowered.plan
+        places = {place.offset: (place.name, place.scale) for place in self.index(file).places}
+        weights = {record.data_offset: (weight.name, weight.scale) for record, weight in plan.weights()}
+        records = [(record.offset, record.nbytes, record.dtype) for record in plan.records]
+        if weights != places or records != [(r.offset, r.nbytes, r.dtype) for r in read_records(path)]:
+            raise PackageError(
+                f"{self._folder / file}: was cut elsewhere than {package.file} would be; convert the checkpoint again, "
+                "with this file beside it"
+            )
+        plan.onto, plan.begin, plan.records = path, self.index(file).size, []
 
     def span(self, name: str) -> Span | None:
         """Where the bytes lie, where nothing was folded into them."""
-        place = self._places[name]
+        path, place = self._places[name]
         if place.scale != 1.0:
             return None
-        return Span(self.file(self._manifest.sizes[0]), place.offset, place.nbytes, place.dtype)
+        return Span(path, place.offset, place.nbytes, place.dtype)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
         """The flat elements [start, stop), as precise as they were stored."""
-        place = self._places[name]
+        path, place = self._places[name]
         size = np.dtype(place.dtype).itemsize
-        path = self.file(self._manifest.sizes[0])
         stored = np.fromfile(path, dtype=place.dtype, count=stop - start, offset=place.offset + start * size)
         if stored.size != stop - start:
             raise ConversionError(f"{path}: ends before the weight {name}; convert the model again")

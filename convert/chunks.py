@@ -8,6 +8,7 @@ cuts are put where few bytes cross them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,14 @@ _ARRAYS = {10: ("float16", 2, 65552), 11: ("float32", 4, 65568), 23: ("int32", 4
 _NEVER = 1 << 60  # the price of a cut through something that no package can hand on
 
 
-def cut(lowered: Lowered, count: int | None = None) -> list[Lowered]:
+def cut(lowered: Lowered, count: int | None = None, between: Sequence[int] = ()) -> list[Lowered]:
     """Cut a network into packages.
 
     Args:
         lowered: a whole network.
         count: of packages, 1 leaves it whole; None: the fewest whose weight files stay below 2 GiB.
+        between: bytes of weights in front of each cut, where another network with these weights was cut (`cuts_of`), so
+            that their packages can share files; `count` is then not asked.
 
     Raises:
         ConversionError: it cannot be cut into so many.
@@ -40,7 +43,10 @@ def cut(lowered: Lowered, count: int | None = None) -> list[Lowered]:
         return [lowered]
     graph = _Graph(lowered)
     total = int(graph.weight_bytes.sum())
-    if count is None:
+    cuts: list[int] | None
+    if between:
+        cuts = graph.between(between)
+    elif count is None:
         if total + ALIGNMENT <= LIMIT:
             return [lowered]
         count, limit = min(MOST, -(-total // (LIMIT - ALIGNMENT))), LIMIT - ALIGNMENT
@@ -52,6 +58,12 @@ def cut(lowered: Lowered, count: int | None = None) -> list[Lowered]:
         raise ConversionError(f"a network of {total / 1e9:.2f} GB cannot be cut into {count} packages; choose fewer")
     ends = [*cuts, len(graph.work)]
     return [graph.piece(start, end) for start, end in zip([0, *cuts], ends, strict=True)]
+
+
+def cuts_of(pieces: Sequence[Lowered]) -> list[int]:
+    """Bytes of weights in front of each cut that made `pieces`; literals, which may be in several, aside."""
+    sizes = [sum(r.nbytes for r in piece.plan.records if not isinstance(r.content, bytes)) for piece in pieces]
+    return list(itertools.accumulate(sizes))[:-1]
 
 
 @dataclass(frozen=True)
@@ -116,9 +128,14 @@ class _Graph:
     @cached_property
     def weight_bytes(self) -> NDArray[np.int64]:
         """Bytes of weight.bin that each working operation is the first to need."""
+        return np.array([sum(r.nbytes + 2 * ALIGNMENT for r in records) for records in self._first_needed], np.int64)
+
+    @cached_property
+    def _first_needed(self) -> list[list[Record]]:
+        """The records that each working operation is the first to need."""
         seen: set[int] = set()
         operations = self._block.operations
-        sizes = np.zeros(len(self.work), np.int64)
+        found: list[list[Record]] = [[] for _ in self.work]
         for i, index in enumerate(self.work):
             for constant in self._needed(index):
                 for value in _stored(operations[constant]):
@@ -127,8 +144,8 @@ class _Graph:
                         raise ConversionError("a network whose weights lie in another's file cannot be cut")
                     if offset not in seen:
                         seen.add(offset)
-                        sizes[i] += self._records[offset].nbytes + 2 * ALIGNMENT
-        return sizes
+                        found[i].append(self._records[offset])
+        return found
 
     @cached_property
     def _made(self) -> dict[str, tuple[int, Any]]:
@@ -177,6 +194,18 @@ class _Graph:
         for choice in reversed(earlier):
             at = int(choice[at])
             cuts.insert(0, at)
+        return cuts
+
+    def between(self, before: Sequence[int]) -> list[int] | None:
+        """The cheapest positions of cuts with so many bytes of weights in front of them; None where there are none."""
+        sizes = [sum(r.nbytes for r in records if not isinstance(r.content, bytes)) for records in self._first_needed]
+        ends = np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))])
+        cuts = []
+        for nbytes in before:
+            (places,) = np.nonzero(ends == nbytes)
+            if not len(places):
+                return None
+            cuts.append(int(places[np.argmin(self.crossing[places])]))
         return cuts
 
     def piece(self, start: int, end: int) -> Lowered:

@@ -98,6 +98,7 @@ def steered_unet(base: Base, key: str, package: str, **steering: Any) -> Network
         config=config,
         summary="Stable Diffusion's UNet with inputs for what control networks add.",
         beside="unet",
+        chunks=base.options.chunks,
         attention=base.options.attention,
         layout=base.options.layout,
     )
