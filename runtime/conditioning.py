@@ -201,8 +201,8 @@ def _encode(predict: Predict, ids: tuple[int, ...], clip_skip: int, own_skip: in
     outputs = predict(input_ids=np.array([ids], np.float32))
     own = _output(outputs, "hidden_embeds" if "hidden_embeds" in outputs else "last_hidden_state", 3)
     # What Apple's converter calls so in SDXL's first encoder is no vector, and nobody reads it.
-    pooled = outputs.get("pooled_outputs")
-    pooled = None if pooled is None or pooled.ndim != 2 else np.array(pooled, np.float32)
+    vector = outputs.get("pooled_outputs")
+    pooled = None if vector is None or vector.ndim != 2 else np.array(vector, np.float32)
     if clip_skip == own_skip:
         return own, pooled
     if "hidden_states" not in outputs:

@@ -276,7 +276,8 @@ def _channels(conditioning: Conditioning, picture: int, shape: tuple[int, ...]) 
     given = conditioning.channels
     if given is None:
         return np.empty((0, *shape[1:]), np.float32)
-    return given[picture if len(given) > 1 else 0]
+    channels: NDArray[np.float32] = given[picture if len(given) > 1 else 0]
+    return channels
 
 
 def _denoised(prediction: Prediction, x: Array, output: NDArray[np.float32], sigma: float) -> Array:

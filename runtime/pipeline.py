@@ -204,7 +204,7 @@ class Pipeline:
                 if function is None
                 else open_engine(path, self._options, function=function)
             )
-        engine = stages[0] if len(stages) == 1 else Chain(stages)
+        engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
         names = part.about.get("names")
         return engine if names is None else Renamed(engine, **names)
 
@@ -279,7 +279,7 @@ class Pipeline:
 
     def source_latents(self, image: Float) -> Float:
         """Return the latents z (1, 4, h, w) of a picture (1, 3, H, W) in [-1, 1]: the posterior's mean, scaled."""
-        return self.posterior_mean(image) * np.float32(self.manifest.latent_scale)
+        return np.asarray(self.posterior_mean(image) * self.manifest.latent_scale, np.float32)
 
     def preview_matrix(self) -> Float:
         """Return the (5, 3) matrix from latents to colours: Stable Diffusion's, or one measured on this model's VAE."""

@@ -129,7 +129,10 @@ class Request:
             optional = wanted.endswith("| None") and value is None
             good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             _expect(optional or good, f"setting {name!r} is {value!r}, expected {wanted}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
+        settings: dict[str, Any] = {}
+        for name, value in raw.items():
+            settings[name] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        return cls(**settings)
 
 
 def _is_pair(value: Any) -> bool:

@@ -28,7 +28,6 @@ class Chain:
             inputs.update({name: spec for name, spec in stage.inputs.items() if name not in made})
             made |= set(stage.outputs)
         self.inputs: Mapping[str, TensorSpec] = inputs
-        self.inputs: Mapping[str, TensorSpec] = inputs
         self.outputs: Mapping[str, TensorSpec] = self._stages[-1].outputs
         first = self._stages[0].realised
         seconds = sum(stage.realised.load_seconds for stage in self._stages)
