@@ -17,7 +17,6 @@ from glassine.convert.checkpoint import Checkpoint, Tensor, shorten
 from glassine.convert.names import RESNET_LDM, UNET_LDM, Layout, Numbering, Source
 from glassine.errors import ConversionError
 from glassine.models.config import UNetConfig
-from glassine.models.sharing import attention_units
 
 Float = NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -175,6 +174,8 @@ class SharedFrames:
         """
         self._path, self._tensors = checkpoint.path, checkpoint.tensors
         self.frames = frames_of(checkpoint)
+        from glassine.models.sharing import attention_units
+
         self.units = attention_units(config)
         self.controlled = any(key.startswith("kwargs_encoder.") for key in checkpoint.tensors)
         self.control: dict[str, Source] = {}
