@@ -22,6 +22,7 @@ _NUMBERS = ("weight", "start", "stop")
 _FIELDS = {name: name for name in (*_NUMBERS, "mode", "map", "mask", "preprocess", "interval", "fit")}
 _FIELDS["type"] = "control_type"
 _SETTING = re.compile(rf":({'|'.join(_FIELDS)})=")
+_PACKAGE = re.compile(r"(.+\.(?:mlpackage|mlmodelc))(?:=(.*))?$")
 _LOOKS_LIKE_ONE = re.compile(r":([a-z_]+)=")
 
 control_option = click.option(
@@ -48,10 +49,8 @@ def read_control(text: str) -> dict[str, Any]:
                for match in _LOOKS_LIKE_ONE.finditer(value)]  # fmt: skip
     if strange:
         raise _refused(text, f'no setting "{strange[0]}"; there are {", ".join(_FIELDS)}')
-    net, _, image = head.partition("=")
-    if ".mlpackage=" in head:  # a path, which may hold a "="
-        net, _, image = (part if part else "" for part in head.rpartition(".mlpackage="))
-        net += ".mlpackage"
+    package = _PACKAGE.match(head)  # a path, which may hold a "=" itself
+    net, _, image = head.partition("=") if package is None else (package[1], "=", package[2])
     if not net:
         raise _refused(text, "no net before the =")
     fields: dict[str, Any] = {"net": net, "image": Path(image) if image else None}

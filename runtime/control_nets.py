@@ -131,6 +131,8 @@ class _Steered:
         self._given = {HINT: _hint_of(ready, net)}
         if TYPE in net.inputs:
             self._given[TYPE] = np.tile(_type_of(self.control, net), (net.rows, 1))
+        elif self.control.control_type is not None:
+            raise RequestError(f'control net "{net.name}" is for one kind of hint; leave type= out, Union nets have it')
         self._once = None if "sample" in net.inputs else lambda: net.predict(**self._given)
         self._features: Inputs | None = None
         weights = mode_weights(self.control.mode, net.kind, len(net.outputs))
@@ -347,10 +349,13 @@ def _type_of(control: Control, net: Net) -> Float:
     names = list(net.about.get("control_types", ()))
     said = control.control_type
     if said is None and control.preprocess is not None:
-        said = _TYPES.get(re.split("[=,]", control.preprocess)[0], control.preprocess)
+        name = re.split("[=,]", control.preprocess)[0]
+        said = _TYPES.get(name, name)
     if said not in names:
         raise RequestError(
             f'control net "{net.name}" is one for several kinds of hint; say which with type=, one of '
             f"{', '.join(names)}" + ("" if said is None else f" (got {said})")
         )
-    return np.eye(net.inputs[TYPE][1], dtype=np.float32)[names.index(said)]
+    one_hot: Float = np.zeros(net.inputs[TYPE][1], np.float32)
+    one_hot[names.index(said)] = 1
+    return one_hot

@@ -20,12 +20,13 @@ from glassine.manifest import FILE_NAME, Manifest
 from glassine.runtime.control import ReadyControl
 from glassine.runtime.control_nets import ControlNets, Net, residual_inputs
 from glassine.runtime.denoiser import Predict
+from glassine.runtime.engine.contract import COMPILED
 
 if TYPE_CHECKING:
     from glassine.runtime.pipeline import Pipeline
 
 PREFIXES = ("control:", "adapter:")  # of the parts that are nets, before their names
-PACKAGE = ".mlpackage"
+PACKAGE = ".mlpackage"  # a net whose name ends so, or as what Core ML has compiled, is a path
 
 
 def steered(
@@ -83,7 +84,7 @@ def _net(pipe: Pipeline, name: str) -> Net:
                 about=part.about,
             )
     path = Path(name)
-    if path.suffix == PACKAGE:
+    if path.suffix in (PACKAGE, COMPILED):
         engine = pipe.package(path)
         return Net(
             name=path.stem,

@@ -255,20 +255,22 @@ def test_a_net_reads_the_latents_alone() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "kind"),
-    [({"control_type": "tile"}, 2), ({"preprocess": "canny,low=50"}, 1), ({"preprocess": "pose"}, 0)],
+    [({"control_type": "tile"}, 2), ({"preprocess": "canny,low=50"}, 1), ({"preprocess": "depth=D.onnx,near=low"}, 3)],
 )
 def test_a_union_net_is_told_what_it_sees(settings: dict[str, Any], kind: int) -> None:
     package = Package(2)
-    plain = net(package, kind="union", control_types=["openpose", "hard_edge", "tile"])
+    plain = net(package, kind="union", control_types=["openpose", "hard_edge", "tile", "depth"])
     union = Net(
-        name="union", inputs={**plain.inputs, "control_type": (2, 3)}, outputs=plain.outputs,
+        name="union", inputs={**plain.inputs, "control_type": (2, 4)}, outputs=plain.outputs,
         predict=lambda control_type, **arrays: (types.append(control_type), package(**arrays))[1], about=plain.about,
     )  # fmt: skip
     types: list[np.ndarray] = []
     ControlNets([(ready(**settings), union)], unet_inputs(2), steps=4)(network_call(2, BOTH))
-    assert np.array_equal(types[0], np.tile(np.eye(3)[kind], (2, 1)))
-    with pytest.raises(RequestError, match="say which with type=, one of openpose, hard_edge, tile"):
+    assert np.array_equal(types[0], np.tile(np.eye(4)[kind], (2, 1)))
+    with pytest.raises(RequestError, match="say which with type=, one of openpose, hard_edge, tile, depth"):
         ControlNets([(ready(), union)], unet_inputs(2), steps=4)
+    with pytest.raises(RequestError, match="is for one kind of hint; leave type= out"):
+        ControlNets([(ready(control_type="tile"), net(package))], unet_inputs(2), steps=4)
 
 
 def test_a_net_that_returns_nan_is_named() -> None:
