@@ -179,17 +179,19 @@ class Run:
     def _prepare_model(self) -> tuple[Model, tuple[str, ...]]:
         """The UNet with both prompts, its refiner behind it, and what there is to say about them."""
         model, notices = self._denoiser(self._pipe)
-        refiner = self._pipe.refiner
-        if refiner is None:
+        refiner, start = self._pipe.refiner, handover(self._pipe.schedule, self._sigmas, self.request.refine_at)
+        if refiner is None or start == len(self._sigmas) - 1:
             return model, (*self._pipe.notices, *self._inputs.notices, *notices)
         refined, said = self._denoiser(refiner)
-        start = handover(self._pipe.schedule, self._sigmas, self.request.refine_at)
         further = tuple(notice for notice in said if notice not in notices)
         return Relay(model, refined, start), (*self._pipe.notices, *self._inputs.notices, *notices, *further)
 
     def _denoiser(self, pipe: Pipeline) -> tuple[Denoiser, tuple[str, ...]]:
         """One UNet with what its branches read."""
-        guidance, notices = guidance_of(pipe, self.request, self._inputs, self.n)
+        inputs = self._inputs
+        if pipe is not self._pipe:  # a refiner has a text encoder of its own
+            inputs = dataclasses.replace(inputs, context=None, pooled=None, negative_context=None, negative_pooled=None)
+        guidance, notices = guidance_of(pipe, self.request, inputs, self.n)
         predict, control = self._steered(pipe, "unet")
         denoiser = Denoiser(
             predict,

@@ -284,8 +284,13 @@ def test_a_refiner_that_is_the_base_model_changes_nothing(bench, monkeypatch, sa
     pipe = bench.pipe("sdxl")
     request = requested(sampler=sampler, refine_at=0.5)
     alone = drawn(pipe, request)
+    cond, uncond = (pipe.encode(text, request) for text in (PROMPT, NEGATIVE))
     monkeypatch.setattr(pipe, "refiner", Pipeline.load(pipe.folder))
     assert np.array_equal(drawn(pipe, request), alone)
+    # Conditioning made elsewhere is the base model's; a refiner reads the prompts.
+    given = {"context": cond.context, "pooled": cond.pooled}
+    given |= {"negative_context": uncond.context, "negative_pooled": uncond.pooled}
+    assert np.array_equal(drawn(pipe, request, **given), alone)
 
 
 def test_turbo_in_one_and_in_four_steps(bench, tokenizers):

@@ -153,32 +153,106 @@ def test_a_part_of_another_size(bundle, tmp_path):
         read_model(bundle)
 
 
+def test_a_unet_made_for_control_nets_draws_without_them(bundle, latents):
+    def change(spec):
+        residual = spec.description.input.add()
+        residual.CopyFrom(spec.description.input[0])
+        residual.name = "additional_residual_0"
+        function = spec.mlProgram.functions["main"]
+        value = function.inputs.add()
+        value.CopyFrom(next(given for given in function.inputs if given.name == spec.description.input[0].name))
+        value.name = "additional_residual_0"
+
+    edited(bundle / "Unet.mlpackage", change)
+    (bundle / "Unet.mlpackage").rename(bundle / "ControlledUnet.mlpackage")
+    manifest = read_model(bundle).manifest
+    assert "additional_residual_0" in manifest.parts["controlled_unet"].inputs
+    assert "additional_residual_0" not in manifest.parts["unet"].inputs
+    assert np.array_equal(drawn(bundle), latents)
+
+
+def test_stable_diffusion_2_is_told_from_its_name_or_size(tmp_path):
+    folder = tmp_path / "sd2"
+    cases = {
+        (64, ""): "epsilon", (96, ""): "v_prediction", (96, "stabilityai/stable-diffusion-2-1-base"): "epsilon",
+        (64, "stabilityai/stable-diffusion-2-1"): "v_prediction",
+    }  # fmt: skip
+    for (cells, version), prediction in cases.items():
+        folder.mkdir()
+        shapes = {"sample": [2, 4, cells, cells], "timestep": [2], "encoder_hidden_states": [2, 1024, 1, 77]}
+        declare(folder / "Unet.mlmodelc", shapes, {"noise_pred": []}, version)
+        declare(folder / "TextEncoder.mlmodelc", {"input_ids": [1, 77]}, {"last_hidden_state": []}, version)
+        model = read_model(folder)
+        assert model.manifest.family == "sd2"
+        assert model.manifest.prediction_type == prediction
+        assert model.manifest.parts["text_encoder"].about["pad"] == 0
+        assert f"predicts {prediction}, because of its" in model.notices[0]
+        assert model.manifest.decided["prediction_type"] == model.notices[0]
+        shutil.rmtree(folder)
+
+
+def test_what_sdxl_and_lcm_read(tmp_path):
+    context = [1, 2048, 1, 77]
+    shapes = {"sample": [1, 4, 96, 128], "timestep": [1], "encoder_hidden_states": context, "text_embeds": [1, 1280]}
+    declare(tmp_path / "Unet.mlmodelc", {**shapes, "time_ids": [6], "timestep_cond": [1, 256]}, {"noise_pred": []})
+    declare(tmp_path / "UnetRefiner.mlmodelc", {**shapes, "time_ids": [1, 5]}, {"noise_pred": []})
+    for encoder in ("TextEncoder", "TextEncoder2"):
+        declare(tmp_path / f"{encoder}.mlmodelc", {"input_ids": [1, 77]}, {"hidden_embeds": [], "pooled_outputs": []})
+    model = read_model(tmp_path)
+    manifest = model.manifest
+    assert (manifest.family, manifest.width, manifest.height, manifest.batch) == ("sdxl", 1024, 768, 1)
+    assert (manifest.latent_scale, manifest.clip_skip, manifest.tokens) == (0.13025, 2, 77)
+    assert manifest.defaults["sampler"] == "lcm"
+    assert [role for role, part in manifest.parts.items() if part.about.get("pad") == 0] == ["text_encoder_2"]
+    assert model.refiner.family == "sdxl_refiner"
+    assert set(model.refiner.parts) == {"unet", "text_encoder_2"}
+    assert model.refiner.parts["unet"].inputs["time_ids"] == ((1, 5), "float16")
+
+
+def test_a_context_in_the_other_layout(tmp_path):
+    shapes = {"sample": [2, 4, 8, 8], "timestep": [1], "encoder_hidden_states": [2, 77, 768]}
+    declare(tmp_path / "Unet.mlmodelc", shapes, {"out": []})
+    part = read_model(tmp_path).manifest.parts["unet"]
+    assert part.inputs["encoder_hidden_states"][0] == (2, 768, 1, 77)
+    assert part.inputs["timestep"][0] == (2,)
+
+
+def test_stable_diffusion_3_is_refused(tmp_path):
+    declare(tmp_path / "MultiModalDiffusionTransformer.mlmodelc", {}, {})
+    with pytest.raises(PackageError, match="Stable Diffusion 3"):
+        read_model(tmp_path)
+
+
 def test_a_network_that_is_no_unet(bundle):
     edited(bundle / "Unet.mlpackage", lambda spec: rename_feature(spec, "timestep", "time"))
     with pytest.raises(PackageError, match=r"its inputs are sample .*; expected sample \(B, C, h, w\), timestep and"):
         read_model(bundle)
 
 
-def compiled(package):
-    """A .mlmodelc in the place of a package: all that can be read without Core ML is metadata.json."""
-    declared = ct.utils.load_spec(str(package)).description
-    kinds = {65552: "Float16", 65568: "Float32"}
+def declare(folder, inputs, outputs, version=""):
+    """A .mlmodelc of which nothing is there but what can be read without Core ML."""
 
-    def schema(features):
+    def schema(shapes):
         return [
             {
-                "hasShapeFlexibility": "0", "isOptional": "0", "dataType": kinds[f.type.multiArrayType.dataType],
-                "shape": str(list(f.type.multiArrayType.shape)), "name": f.name, "type": "MultiArray",
+                "hasShapeFlexibility": "0", "isOptional": "0", "dataType": "Float16", "shape": str(list(shape)),
+                "name": name, "type": "MultiArray",
             }
-            for f in features
+            for name, shape in shapes.items()
         ]  # fmt: skip
 
-    folder = package.with_suffix(COMPILED)
     folder.mkdir()
     (folder / "coremldata.bin").write_bytes(b"")
-    said = {"inputSchema": schema(declared.input), "outputSchema": schema(declared.output), "version": "tiny"}
+    said = {"inputSchema": schema(inputs), "outputSchema": schema(outputs), "version": version}
     (folder / "metadata.json").write_text(json.dumps([said]), encoding="utf-8")
     return folder
+
+
+def compiled(package):
+    """A .mlmodelc beside a package."""
+    declared = ct.utils.load_spec(str(package)).description
+    shapes = [{f.name: f.type.multiArrayType.shape for f in side} for side in (declared.input, declared.output)]
+    return declare(package.with_suffix(COMPILED), *shapes)
 
 
 def test_compiled_models_are_read_without_core_ml(bundle):
@@ -190,7 +264,9 @@ def test_compiled_models_are_read_without_core_ml(bundle):
     assert found.sizes == expected.sizes
     for role, part in expected.parts.items():
         assert found.parts[role].file == Path(part.file).with_suffix(COMPILED).name
-        assert found.parts[role].inputs == part.inputs
+        assert {k: shape for k, (shape, _) in found.parts[role].inputs.items()} == {
+            k: shape for k, (shape, _) in part.inputs.items()
+        }
     if sys.platform != "darwin":
         with pytest.raises(EngineError, match=r"TextEncoder\.mlmodelc: compiled for Core ML, which is macOS's"):
             drawn(bundle)
