@@ -157,7 +157,10 @@ def _write_records(out: int, records: list[Record], plan: Plan, weights: WeightS
     for record in records:
         _put(out, _metadata(record), record.offset)
         if isinstance(record.content, Encoded):
-            _put(out, encoding.items[record.content.item].data, record.data_offset)
+            at = record.data_offset
+            for piece in encoding.items[record.content.item]:
+                _put(out, piece.data, at)
+                at += len(piece)
             continue
         for data, position in _content(record, weights):
             _put(out, data, record.data_offset + position)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -65,7 +65,10 @@ class Form:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight can be stored so: a matrix or kernel, large enough, whose channels make whole groups."""
         large = len(shape) > 1 and math.prod(shape) >= SMALLEST
-        return large and (not self.group or (shape[0] % self.group == 0 and self.group < shape[0]))
+        if not self.group or not large:
+            return large
+        whole = shape[0] % self.group == 0 and self.group < shape[0]
+        return whole and self.group * math.prod(shape[1:]) % 4 == 0  # a table's indices fill whole bytes
 
     def items(self, shape: tuple[int, ...]) -> dict[Item, tuple[tuple[int, ...], str]]:
         """What a weight of `shape` is stored as: item -> (shape, dtype), as iOS 18's operations have them."""
@@ -139,37 +142,30 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The bytes of a weight's items, and its loss."""
+    """The bytes of a weight's items, in pieces that are made when they are asked for, and its loss."""
 
-    items: Mapping[Item, Bytes]
+    items: Mapping[Item, Iterable[Bytes]]
     loss: Loss
 
 
 def encode(weight: Half, form: Form) -> Encoding:
-    """Store a weight (channels first, finite) in a form that `fits` it.
-
-    Raises:
-        ConversionError: a scale is out of the range of fp16.
-    """
+    """Store a weight (channels first, finite) in a form that `fits` it."""
     if form.kind == "int8":
         return _int8(weight, form)
-    flat = weight.reshape(-1)
-    bits = flat.view(np.uint16)
-    tables = weight.shape[0] // form.group if form.group else 1
-    size = len(flat) // tables
-    indices = np.empty(len(flat), np.uint8)
-    table = np.empty((tables, 1 << form.bits), np.float16)
-    power = error = 0.0
-    for number in range(tables):
-        part = slice(number * size, (number + 1) * size)
-        palette = _Table.of(bits[part], form.bits, exact=tables == 1 and len(flat) <= EXACT[form.bits])
-        table[number] = palette.numbers
-        for start in range(part.start, part.stop, _PIECE):
-            stop = min(start + _PIECE, part.stop)
-            np.take(palette.codes, bits[start:stop], out=indices[start:stop])
-        power, error = power + palette.power, error + palette.error
-    packed = pack(indices, form.bits)
-    return Encoding({"indices": packed, "table": table.reshape(-1).view(np.uint8)}, Loss(form, len(flat), power, error))
+    bits = weight.reshape(-1).view(np.uint16)
+    exact = not form.group and len(bits) <= EXACT[form.bits]
+    parts = np.split(bits, weight.shape[0] // form.group) if form.group else [bits]
+    tables = [_Table.of(part, form.bits, exact=exact) for part in parts]
+    loss = Loss(form, len(bits), sum(table.power for table in tables), sum(table.error for table in tables))
+    numbers = np.concatenate([table.numbers for table in tables]).view(np.uint8)
+    return Encoding({"indices": _indices(parts, tables, form.bits), "table": [numbers]}, loss)
+
+
+def _indices(parts: Sequence[NDArray[np.uint16]], tables: Sequence[_Table], bits: int) -> Iterator[Bytes]:
+    """The packed indices, a piece of a part at a time; every part fills whole bytes."""
+    for part, table in zip(parts, tables, strict=True):
+        for start in range(0, len(part), _PIECE):
+            yield pack(table.codes[part[start : start + _PIECE]], bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +214,10 @@ def _int8(weight: Half, form: Form) -> Encoding:
         power += float(np.vdot(exact, exact))
         lost = exact - whole * scale
         error += float(np.vdot(lost, lost))
-    items: dict[Item, Bytes] = {"values": values.reshape(-1).view(np.uint8), "scales": scales.view(np.uint8)}
+    items: dict[Item, Iterable[Bytes]] = {
+        "values": [values.reshape(-1).view(np.uint8)],
+        "scales": [scales.view(np.uint8)],
+    }
     return Encoding(items, Loss(form, weight.size, power, error))
 
 

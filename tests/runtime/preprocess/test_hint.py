@@ -27,6 +27,13 @@ def test_canny_is_seen_at_the_pixel_perfect_resolution_and_padded(photograph):
     assert np.array_equal(made.pixels, np.stack([edges[:, 32:544]] * 3, axis=-1))
 
 
+def test_a_blur_sees_repeated_edges(photograph):
+    seen = np.pad(photograph, ((0, 20), (0, 61), (0, 0)), mode="edge")  # 300 -> 320, 451 -> 512
+    blurred = cv2.GaussianBlur(seen, (0, 0), 9.0)[:300, :451]
+    made = hint(photograph, (448, 296), Preprocess(name="blur", resolution=300, fit="stretch"))
+    assert np.array_equal(made.pixels, cv2.resize(blurred, (448, 296), interpolation=cv2.INTER_AREA))
+
+
 def test_the_resolution_can_be_said(photograph):
     coarse = hint(photograph, (512, 384), Preprocess(name="canny", resolution=128))
     fine = hint(photograph, (512, 384), Preprocess(name="canny"))
