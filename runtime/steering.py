@@ -7,6 +7,7 @@ that nothing steers are drawn by the plain `unet`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from glassine.runtime.pipeline import Pipeline
 
 PREFIXES = ("control:", "adapter:")  # of the parts that are nets, before their names
+_SIZE = re.compile(r"_\d+x\d+$")  # behind the name, of a part for a further size
 PACKAGE = ".mlpackage"  # a net whose name ends so, or as what Core ML has compiled, is a path
 
 
@@ -93,7 +95,8 @@ def _net(pipe: Pipeline, name: str) -> Net:
             predict=engine.predict,
             about=_about(path),
         )
-    has = sorted(role.partition(":")[2] for role in pipe.manifest.parts if role.startswith(PREFIXES))
+    parts = pipe.manifest.parts
+    has = sorted({_SIZE.sub("", role.partition(":")[2]) for role in parts if role.startswith(PREFIXES)})
     raise RequestError(
         f'{pipe.folder}: this model has no control net "{name}", '
         + (f"only {', '.join(has)}; " if has else "and none at all; ")
