@@ -119,6 +119,23 @@ for data, message in ((dict(), "missing ['x']"), (dict(x=x.T), "expected (2, 3)"
     else:
         raise AssertionError(message)
 
+# What was compiled before is loaded where it lies, and stays there.
+import pathlib, shutil, tempfile
+before = pathlib.Path(tempfile.mkdtemp()) / "linear.mlmodelc"
+shutil.copytree(proxy._MLModelProxy.compileModel(sys.argv[1]), before)
+(before / "coremldata.bin").touch()
+asked.clear()
+def recorded_whole(self, path, *rest):
+    asked.append(path)
+    load(self, path, *rest)
+proxy._MLModelProxy.__init__ = recorded_whole
+engine = open_engine(before, EngineOptions(engine="coreml"))
+assert asked == [str(before)], asked
+np.testing.assert_array_equal(engine.predict(x=x)["out0"], result)
+engine.close()
+assert before.is_dir()
+shutil.rmtree(before.parent)
+
 def refuse(*arguments):
     raise RuntimeError("the Neural Engine's compiler said no")
 proxy._MLModelProxy.__init__ = refuse
