@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from glassine.runtime.control import Control
     from glassine.runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Control", "Pipeline", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> object:
         from glassine.runtime.pipeline import Pipeline
 
         return Pipeline
+    if name == "Control":
+        from glassine.runtime.control import Control
+
+        return Control
     raise AttributeError(f"module 'glassine' has no attribute {name!r}")

@@ -89,7 +89,7 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
             check_output(path, overwrite=asked["overwrite"])
             check_views(path, first, pipe.size, asked)
         inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=first.fit, keep_alpha=first.transparent)
-        inputs = with_controls(inputs, drawing.controls, pipe.size, first.fit)
+        inputs = with_controls(inputs, drawing.controls, pipe.size, first.fit, engine=engine_of(asked))
         for path, request in zip(paths, requests, strict=True):
             result = watch(pipe.run(request, inputs), asked["preview"])
             save_png(
@@ -251,7 +251,7 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
         request = pipe.request(settings)
         strips = fans.columns(pipe.size[0], asked["columns"])
         inputs = read_inputs(image, MapSource(), *pipe.size, fit=request.fit)
-        inputs = with_controls(inputs, controls_of(asked), pipe.size, request.fit)
+        inputs = with_controls(inputs, controls_of(asked), pipe.size, request.fit, engine=engine_of(asked))
         if exact:
             results = [(column, watch(run)) for column, run in fans.exact_fan(pipe, request, inputs, strips)]
             pixels, words = fans.assemble(results), "exact: one run a column"

@@ -12,6 +12,7 @@ import numpy as np
 from glassine.errors import RequestError
 from glassine.runtime.change_map import is_description, parse
 from glassine.runtime.control import Control, Fit, Float, ReadyControl
+from glassine.runtime.engine import EngineOptions
 from glassine.runtime.image import Source, fit_map, read_map, read_picture
 from glassine.runtime.inputs import Inputs, describe, recorded_file
 from glassine.runtime.metadata import Record
@@ -19,7 +20,14 @@ from glassine.runtime.metadata import Record
 PICTURES = ("image", "map", "mask")
 
 
-def with_controls(inputs: Inputs, controls: Sequence[Control], size: tuple[int, int], fit: Fit = "crop") -> Inputs:
+def with_controls(
+    inputs: Inputs,
+    controls: Sequence[Control],
+    size: tuple[int, int],
+    fit: Fit = "crop",
+    *,
+    engine: EngineOptions | None = None,
+) -> Inputs:
     """Return the inputs of a picture with the pictures of its controls, read and brought to the model's size.
 
     Args:
@@ -27,16 +35,19 @@ def with_controls(inputs: Inputs, controls: Sequence[Control], size: tuple[int, 
             mask of those that inpaint and have none.
         controls: in any order; their residuals are summed.
         size: (width, height) in pixels, the model's. fit: for hints of another shape that do not say it themselves.
+        engine: for preprocessors that run a network.
 
     Raises:
         RequestError: a picture that cannot be read, or has transparent pixels, or is not there.
     """
-    ready = tuple(_ready(control, inputs, size, fit) for control in controls)
+    ready = tuple(_ready(control, inputs, size, fit, engine) for control in controls)
     notices = tuple(notice for one in ready for notice in one.notices)
     return dataclasses.replace(inputs, controls=ready, notices=(*inputs.notices, *notices))
 
 
-def _ready(control: Control, inputs: Inputs, size: tuple[int, int], fit: Fit) -> ReadyControl:
+def _ready(
+    control: Control, inputs: Inputs, size: tuple[int, int], fit: Fit, engine: EngineOptions | None
+) -> ReadyControl:
     from glassine.runtime.preprocess import Preprocess, hint  # imports OpenCV, which others need not wait for
 
     fit = control.fit if control.fit is not None else fit
@@ -54,7 +65,7 @@ def _ready(control: Control, inputs: Inputs, size: tuple[int, int], fit: Fit) ->
             f"{picture.name}: has transparent pixels, and a hint is taken as it is; put it over the background its net "
             "wants (black for edges), or say preprocess= to make a hint from a photograph"
         )
-    made = hint(source, size, how, mask=mask, name=name)
+    made = hint(source, size, how, mask=mask, engine=engine, name=name)
     notices = made.notices
     if picture.size != size:
         said = f"{picture.name}: {_x(picture.size)} brought to {_x(size)} as a hint ({fit})"

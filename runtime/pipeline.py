@@ -151,7 +151,7 @@ class Pipeline:
         request = self.request({"prompt": prompt, **settings}, image_alone=image is not None and maps.source is None)
         arrays = inputs if inputs is not None else {}
         read = read_inputs(image, maps, *self.size, fit=request.fit, keep_alpha=request.transparent, **arrays)
-        read = with_controls(read, controls, self.size, request.fit)
+        read = with_controls(read, controls, self.size, request.fit, engine=self._options)
         result = self.run(request, read).finish()
         if output == "latent":
             return result.latents
