@@ -331,6 +331,8 @@ def _check(pipe: Pipeline, patch: Patch, inputs: Inputs) -> None:
             f"{patch.role}: got the layers {sorted(inputs.layers)}, expected {sorted(wanted)}"
             + ("" if wanted else "; it draws from words alone")
         )
+    if pipe.refiner is not None:
+        raise RequestError(f"{patch.role}: a refiner knows nothing of transparency or layers; leave it out")
     if inputs.image is not None:
         if len(patch.frames) > 1 or patch.frames[0] not in patch.decoded:
             raise RequestError(f"{patch.role}: draws {', '.join(patch.frames)} from noise; leave the image out")

@@ -80,10 +80,10 @@ def drawn(pipe, judge, count: int) -> dict[str, float]:
 
 def test_prompts_give_alpha_of_the_shape_drawn(pipe, judge):
     figures = drawn(pipe, judge, 5)
-    assert figures["iou"] >= 0.8, figures  # measured: IOU5
-    assert figures["mae"] <= 0.04, figures  # MAE5
-    assert figures["shape"] >= 0.8, figures  # SHAPE5
-    assert figures["colour"] >= 0.8, figures  # COLOUR5
+    assert figures["iou"] >= 0.8, figures  # measured 0.936
+    assert figures["mae"] <= 0.04, figures  # 0.006
+    assert figures["shape"] >= 0.8, figures  # 1.0
+    assert figures["colour"] >= 0.8, figures  # 1.0
 
 
 @pytest.mark.parametrize("material", MATERIALS[1:])
@@ -91,7 +91,7 @@ def test_glass_and_glow_are_partly_transparent(pipe, material):
     result = pipe.run(pipe.request({"prompt": f"a big {material} blue circle", "seed": 3, **SETTINGS})).finish()
     alpha = result.pixels[..., 3] / 255
     partial = ((alpha > 0.1) & (alpha < 0.9)).mean()
-    assert partial > 0.05, partial  # PARTIAL; a plain star's edge: 0.01
+    assert partial > 0.1, partial  # measured 0.26, 0.27
     assert result.health.notices == ()
 
 
@@ -99,7 +99,7 @@ def test_opaque_prompts_stay_opaque_without_the_patch(pipe):
     for prompt, seed in (("a red star, blue background", 1), ("a big yellow circle on black dots", 2)):
         latents = pipe(prompt, seed=seed, guidance_scale=5.0, steps=12, output="latent")
         decoded = decode_transparent(pipe, latents, 1)
-        assert (decoded.rgba[..., 3] > 247).mean() > 0.97, prompt  # OPAQUE
+        assert (decoded.rgba[..., 3] > 247).mean() > 0.95, prompt  # measured 0.976, 0.985
         assert any("no pixel is transparent" in notice for notice in decoded.health.notices), decoded.health
 
 
@@ -108,7 +108,7 @@ def test_alpha_from_the_picture_on_grey_alone(pipe):
     (rgba,) = cutouts(sample(1, seed=SEED + 2, solid=1.0, single=1.0))
     decoded = decode_transparent(pipe, transparent_latents(pipe, rgba), 1)
     again, figures = alpha_of_grey(pipe, decoded.grey, 1)
-    assert iou(again[..., 3] / 255, rgba[..., 3] / 255) >= 0.9  # ZERO
+    assert iou(again[..., 3] / 255, rgba[..., 3] / 255) >= 0.9
     assert figures.notices == ()
 
 
@@ -122,7 +122,7 @@ def test_a_map_changes_one_half_of_a_transparent_picture(pipe):
     result = pipe.run(pipe.request({"prompt": "a big green circle", "seed": 4, **SETTINGS}), inputs).finish()
     assert np.array_equal(result.pixels[:, :112], rgba[:, :112])
     alpha = result.pixels[:, 144:, 3] / 255
-    assert 0.2 < (alpha < 0.1).mean() < 1  # CLEAR
+    assert 0.2 < (alpha < 0.1).mean() < 1
     assert not any("another family" in notice for notice in result.notices)
 
 

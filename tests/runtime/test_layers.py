@@ -408,6 +408,10 @@ def test_what_cannot_be_drawn_is_said(model):
     clear_source = read_inputs(clear, MapSource(), SIDE, SIDE, keep_alpha=True)
     with pytest.raises(RequestError, match="fully transparent"):
         pipe.run(Request(transparent=True), clear_source)
+    pipe.refiner = pipe
+    with pytest.raises(RequestError, match="a refiner knows nothing of transparency"):
+        pipe.run(Request(transparent=True))
+    pipe.refiner = None
     assert not [role for role, _ in calls if role.endswith("unet")]
     for settings, words in (({"passes": 3}, "passes is 3"), ({"stop_at": 1.5}, "stop_at is 1.5"),
                             ({"layers": "both"}, "layers is 'both'")):  # fmt: skip
