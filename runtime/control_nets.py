@@ -311,8 +311,8 @@ def check_fits(net: Net, unet: Shapes) -> None:
             f'control net "{net.name}" returns {len(net.outputs)} residuals, this model\'s UNet takes '
             f"{len(takes)} (it has no input {strange[0]}); the net was made for another family than the model"
         )
-    for name in ("encoder_hidden_states", "text_embeds", "time_ids"):
-        if name in net.inputs and net.inputs[name][1:] != unet.get(name, ())[1:]:
+    for name in sorted(net.inputs.keys() - {HINT, TYPE, "sample", "timestep"}):
+        if net.inputs[name][1:] != unet.get(name, ())[1:]:
             raise RequestError(
                 f'control net "{net.name}" reads {name} of shape {net.inputs[name][1:]}, this model has '
                 f"{unet[name][1:] if name in unet else 'none'}; the net was made for another family or size"
