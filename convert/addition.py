@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,16 @@ from glassine.convert.packages import (
     plan_packages,
     write_packages,
 )
-from glassine.convert.program import ALIGNMENT, Plan, Weight
+from glassine.convert.program import ALIGNMENT, Plan, Requests, Weight
 from glassine.convert.swap import explained, locked
+from glassine.convert.transparency import controlled
 from glassine.convert.weights import Span
 from glassine.errors import ConversionError, PackageError
-from glassine.manifest import WEIGHT_FILE, Manifest, finish_swap
+from glassine.manifest import WEIGHT_FILE, Manifest, Part, finish_swap
 from glassine.models.config import SD2_BASE, SD15, SDXL, UNetConfig, restored
+
+if TYPE_CHECKING:
+    from coremltools.converters.mil.mil import Program
 
 _FAMILIES = {family.name: family for family in (SD15, SD2_BASE, SDXL)}
 
@@ -82,14 +86,15 @@ def add_networks(
             )
         base = base_of(folder, manifest)
         networks = _new(folder, manifest, [network for listed in further for network in listed(base)], overwrite)
-        unet = PackagedWeights(folder, manifest)
-        hosts = {"unet": Host(unet, unet.plan, unet.cuts)}
-
+        steered, patched = _controlled(folder, manifest, networks, base)
+        networks += steered
+        homes = {"unet": PackagedWeights(folder, manifest, "unet"), **patched}
+        hosts = {key: Host(weights, weights.plan, weights.cuts) for key, weights in homes.items()}
         with digests(hashed_files(networks), skip=dry_run) as digest:
             packages = plan_packages(networks, manifest.sizes, manifest.name, report, hosts)
             for package in packages:
-                if package.chunk and package.home in hosts and not package.network.changed:
-                    unet.share(package)
+                if package.chunk and package.home in homes and not package.network.changed:
+                    homes[package.home].share(package)
             if dry_run:
                 return _manifest(manifest, packages, {}, base)
             with explained(folder):
@@ -133,7 +138,7 @@ def base_of(folder: Path, manifest: Manifest) -> Base:
             latent_scale=manifest.latent_scale,
             prediction=manifest.prediction_type,
         ),
-        unet=PackagedWeights(folder, manifest),
+        unet=PackagedWeights(folder, manifest, "unet"),
         source=Checkpoint(path=folder / unet.file, tensors={}),
         files=(),
         options=options,
@@ -141,10 +146,13 @@ def base_of(folder: Path, manifest: Manifest) -> Base:
 
 
 class PackagedWeights:
-    """The UNet's weights as they lie in a folder's weight.bin, without the factors that were folded into them."""
+    """A UNet's weights as they lie in a folder's weight.bin, without the factors that were folded into them.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder, self._manifest = folder, manifest
+    role: which of the folder's UNets; one that lives beside another has that one's weights but for its own.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, role: str) -> None:
+        self._folder, self._manifest, self._role = folder, manifest, role
 
     @cached_property
     def _indices(self) -> Mapping[str, Index]:
@@ -152,7 +160,7 @@ class PackagedWeights:
 
     def files(self, size: Size) -> list[str]:
         """The package of a size, or the chunks it is cut into."""
-        part = self._manifest.part("unet", size)
+        part = self._manifest.part(self._role, size)
         assert part is not None  # sizes are those of UNets
         files: list[str] = part.about.get("chunks", [part.file])
         unknown = [file for file in files if file not in self._indices]
@@ -171,9 +179,10 @@ class PackagedWeights:
     def _places(self) -> Mapping[str, tuple[Path, Place]]:
         return {
             place.name: (self._folder / file / WEIGHT_FILE, place)
+            for owner in ("", self._role)
             for file in self.files(self._manifest.sizes[0])
             for place in self.index(file).places
-            if not place.owner
+            if place.owner == owner
         }
 
     @property
@@ -249,16 +258,57 @@ class PackagedWeights:
 
     def origin(self, name: str) -> str:
         """Package and name, for messages."""
-        return f"{self._folder / self._manifest.parts['unet'].file}: weight {name}"
+        return f"{self._folder / self._manifest.parts[self._role].file}: weight {name}"
 
 
 def _new(folder: Path, manifest: Manifest, networks: Sequence[Network], overwrite: bool) -> list[Network]:
     """Those that are not in the folder yet; what is there already is refused, replaced, or shared."""
-    shared = {network.key for network in networks if network.beside is not None and not network.changed}
+    new = {network.key for network in networks}
+    shared = {n.key for n in networks if n.beside is not None and n.beside not in new and not n.changed}
     there = [network.key for network in networks if network.key in manifest.parts and network.key not in shared]
     if there and not overwrite:
         raise PackageError(f"{folder}: has a {there[0]} already; pass --overwrite to replace it")
     return [network for network in networks if network.key not in manifest.parts or network.key not in shared]
+
+
+def _controlled(
+    folder: Path, manifest: Manifest, networks: Sequence[Network], base: Base
+) -> tuple[list[Network], dict[str, PackagedWeights]]:
+    """The patched UNets, new and old, with inputs for control, if there is control; and the weights of the old ones."""
+    if "control" not in {*(part.role for part in manifest.parts.values()), *(n.role for n in networks)}:
+        return [], {}
+    new = [network for network in networks if "frames" in network.about]
+    written = {*(network.key for network in networks), *manifest.parts}
+    old = {
+        key: PackagedWeights(folder, manifest, key)
+        for key, part in manifest.parts.items()
+        if key == part.role and "frames" in part.about and not part.config["residuals"]
+        if f"controlled_{key}" not in written and key not in {network.key for network in new}
+    }
+    return [controlled(n, base) for n in (*new, *(_written(manifest.parts[key], old[key], base) for key in old))], old
+
+
+def _written(part: Part, weights: PackagedWeights, base: Base) -> Network:
+    """A UNet of the folder as the network that it was written of."""
+    return Network(
+        key=part.role,
+        role=part.role,
+        package=re.sub(r"(Chunk\d+)?\.mlpackage$", "", part.file),
+        weights=weights,
+        source=base.source,
+        files=base.files,
+        write=_not_again,
+        config=restored(UNetConfig, part.config),
+        summary="Stable Diffusion's UNet, patched by LayerDiffuse.",
+        about=part.about,
+        chunks=base.options.chunks,
+        attention=base.options.attention,
+        layout=base.options.layout,
+    )
+
+
+def _not_again(weights: Requests, size: Size) -> Program:
+    raise AssertionError("this network is in the folder; only others are written beside it")
 
 
 def _manifest(manifest: Manifest, packages: Sequence[Planned], digests: Mapping[Files, str], base: Base) -> Manifest:
@@ -267,8 +317,7 @@ def _manifest(manifest: Manifest, packages: Sequence[Planned], digests: Mapping[
     source = manifest.parts["unet"]
     for package in packages:
         if package.network.source is base.source:
-            made_of = {"source": source.source, "source_sha256": source.source_sha256}
-            new[package.key] = replace(new[package.key], **made_of)
+            new[package.key] = replace(new[package.key], source=source.source, source_sha256=source.source_sha256)
     replaced = {package.network.key for package in packages}
     kept = {key: part for key, part in manifest.parts.items() if _network_key(key) not in replaced}
     return replace(manifest, parts={**kept, **new})

@@ -105,7 +105,7 @@ def _shared_attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Ten
     x = x + added
 
     def by_frame(name: str, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-        matrices = w(f"{name}.weight").unflatten(0, (frames, -1))
+        matrices = w(f"{name}.weight").chunk(frames)
         biases = [None] * frames if bias is None else list(bias.chunk(frames))
         return torch.stack([F.linear(row, matrices[i % frames], biases[i % frames]) for i, row in enumerate(rows)])
 
@@ -120,7 +120,9 @@ def _shared_attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Ten
     t = dense(w / "temporal_i", F.layer_norm(x + y, x.shape[-1:], n("weight"), n("bias"), 1e-6))
     # (samples, frames, S, C) -> (samples, S, heads, frames, d)
     q, k, v = (
-        dense(w / f"temporal_{letter}", t).unflatten(0, (-1, frames)).unflatten(3, (heads, -1)).permute(0, 2, 3, 1, 4)
+        dense(w / f"temporal_{letter}", t)
+        .reshape(-1, frames, t.shape[1], heads, t.shape[2] // heads)
+        .permute(0, 2, 3, 1, 4)
         for letter in "qkv"
     )
     t = F.scaled_dot_product_attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)

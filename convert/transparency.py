@@ -299,8 +299,9 @@ def _write_decoder(config: TransparentDecoderConfig, options: ConvertOptions, we
     from glassine.models.transparency import transparent_decoder
 
     width, height = (-(-side // config.downscale) * config.downscale for side in size)
-    form = {"attention": options.attention, "layout": options.layout}
-    return transparent_decoder(config, weights, height=height, width=width, **form)
+    return transparent_decoder(
+        config, weights, height=height, width=width, attention=options.attention, layout=options.layout
+    )
 
 
 def _encoder(checkpoint: Checkpoint, file: TransparentFile, base: Base) -> Network:

@@ -31,7 +31,8 @@ def layer_networks(folder: Path, manifest: Manifest, source: Path) -> dict[str, 
     kind = next((kind for kind in KINDS if kind == said), None)
     file = TransparentFile(path=source, kind=kind, strength=float(part.about.get("strength", 1.0)))
     networks = {network.key: network for network in transparent_networks([file], base_of(folder, manifest))}
-    return {key: networks[re.sub(r"_\d+x\d+$", "", key)] for key in made}
+    # One that takes control has the weights of the one that does not.
+    return {key: networks[re.sub(r"_\d+x\d+$", "", key).removeprefix("controlled_")] for key in made}
 
 
 def _patch(part: Part) -> str:
