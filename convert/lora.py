@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,16 @@ def with_loras(
     return {part: Patched(source, patches[part]) if patches[part] else source for part, source in parts.items()}
 
 
-def lora_patches(file: LoraFile, parts: Mapping[Any, WeightSource], *, allow_pickle: bool = False) -> dict[str, Lora]:
+class Shaped(Protocol):
+    """What a LoRA has to know of a part of a model."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every weight there is, and its shape."""
+        ...
+
+
+def lora_patches(file: LoraFile, parts: Mapping[Any, Shaped], *, allow_pickle: bool = False) -> dict[str, Lora]:
     """Open a LoRA file for these parts: a patch for each part that it changes at its strength."""
     checkpoint = open_checkpoint(file.path, allow_pickle=allow_pickle)
     changes = _changes(checkpoint, file, parts)
@@ -83,9 +92,7 @@ def lora_patches(file: LoraFile, parts: Mapping[Any, WeightSource], *, allow_pic
     return patches
 
 
-def _changes(
-    checkpoint: Checkpoint, file: LoraFile, parts: Mapping[Any, WeightSource]
-) -> dict[Module, dict[str, Tensor]]:
+def _changes(checkpoint: Checkpoint, file: LoraFile, parts: Mapping[Any, Shaped]) -> dict[Module, dict[str, Tensor]]:
     """The file's tensors by module and role; every key has to find its place."""
     spellings = Spellings({part: source.shapes for part, source in parts.items()})
     changes: dict[Module, dict[str, Tensor]] = {}
@@ -175,10 +182,8 @@ class Lora:
                 f"{self._path}: {roles} make a difference of shape {delta.shape}, the model's {name} is {base[name]}; "
                 "the file was made for another model"
             )
-        if _squeezed(delta.shape) != _squeezed(base[name]) and len(delta.shape) == 4:
-            changed = delta.shape  # a part of the input channels
-        else:
-            changed = base[name]
+        part = _squeezed(delta.shape) != _squeezed(base[name]) and len(delta.shape) == 4  # of the input channels
+        changed = delta.shape if part else base[name]
         for dora in {"dora", "magnitude"} & t.roles:
             fits = math.prod(t.shape(dora)) in _dora_sizes(changed)
             self._expect(fits, t, dora, f"the weight is {changed}")
@@ -228,7 +233,9 @@ class Lora:
         rows, factor = delta.open(), np.float32(strength * self._scale(t, delta, name))
 
         def add(start: int, stop: int, matrix: Float) -> None:
-            matrix += factor * rows(start, stop)
+            difference = rows(start, stop)
+            difference *= factor
+            matrix += difference
 
         return add
 
@@ -266,7 +273,7 @@ class Lora:
         if math.prod(shape) != (columns if by_columns else rows):
             raise ConversionError(f'{self._path}: tensor "{t.key(role)}" {shape} does not fit a weight {delta.shape}')
         target = rescaled(moved.reshape(rows, columns, -1), t.read(role).reshape(-1), by_columns).reshape(flat.shape)
-        return flat + np.float32(self._strength) * (target - flat)
+        return np.asarray(flat + np.float32(self._strength) * (target - flat))
 
     def _rotated(self, t: Tensors, weight: Float) -> Float:
         """W + m (rescale * Rt W - W)."""
@@ -275,7 +282,7 @@ class Lora:
         target = rotated(flat, t.read("oft_blocks"), constraint)
         if "rescale" in t:
             target *= t.read("rescale").reshape(-1, 1)
-        return (flat + np.float32(self._strength) * (target - flat)).reshape(weight.shape)
+        return np.asarray(flat + np.float32(self._strength) * (target - flat)).reshape(weight.shape)
 
 
 def _in_pieces(add: Adder, matrix: Float) -> None:

@@ -22,7 +22,7 @@ from glassine.errors import ConversionError
 
 Float = NDArray[np.float32]
 Shape = tuple[int, ...]
-Rows = Callable[[int, int], Float]  # rows [start, stop) of the difference, as (rows, in * kernel)
+Rows = Callable[[int, int], Float]  # rows [start, stop) of the difference, as (rows, in * kernel), the caller's own
 
 
 class Delta(NamedTuple):
@@ -137,7 +137,7 @@ def _half(t: Tensors, a: str, b: str, core: str) -> Delta:
     def open_core() -> Rows:
         x = t.read(a)
         inner = np.einsum("ij...,jr->ir...", t.read(core), t.read(b)).reshape(kernel[0], -1)
-        return lambda start, stop: x[:, start:stop].T @ inner
+        return lambda start, stop: np.asarray(x[:, start:stop].T @ inner, np.float32)
 
     return Delta((left[1], right[1], *kernel[2:]), right[0], open_core)
 
@@ -155,7 +155,7 @@ def lokr(t: Tensors) -> Delta:
 
         def rows(start: int, stop: int) -> Float:
             index = np.arange(start, stop)
-            outer = left[index // c][:, :, None] * right[index % c][:, None, :]
+            outer: Float = left[index // c][:, :, None] * right[index % c][:, None, :]
             return outer.reshape(stop - start, b * inner)
 
         return rows
@@ -184,7 +184,7 @@ def full(t: Tensors) -> Delta:
 
     def open_rows() -> Rows:
         values = t.read("diff").reshape(shape[0], -1) if shape else t.read("diff").reshape(1, 1)
-        return lambda start, stop: values[start:stop]
+        return lambda start, stop: values[start:stop].copy()
 
     return Delta(shape, None, open_rows)
 

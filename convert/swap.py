@@ -25,11 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from glassine.convert.clone import clone_or_copy, link_or_copy, write_changed
+from glassine.convert.clone import clone_or_copy, link_or_copy
 from glassine.convert.extras import file_sha256
 from glassine.convert.index import Index, part_of, read_indices
 from glassine.convert.lora import Lora, LoraFile, lora_patches
 from glassine.convert.package import check_space
+from glassine.convert.rewrite import write_changed
 from glassine.errors import CheckpointError, PackageError
 from glassine.manifest import FILE_NAME, STORE, WEIGHT_FILE, Manifest, MergedLora, finish_swap
 
