@@ -18,9 +18,10 @@ from coremltools.converters.mil import Builder as mb
 
 from glassine.convert.checkpoint import open_checkpoint
 from glassine.convert.layer_patches import SharedFrames
+from glassine.convert.names import Source
 from glassine.convert.package import write_package
 from glassine.convert.program import Requests, lower
-from glassine.convert.weights import Arrays, Patched, WeightSource
+from glassine.convert.weights import Arrays, FileWeights, Patched, WeightSource
 from glassine.models import transparency
 from glassine.models.config import FrameControlConfig, TransparentDecoderConfig, TransparentEncoderConfig, UNetConfig
 from glassine.models.layers import Scope, build
@@ -29,6 +30,7 @@ from glassine.models.transparency import frame_control, transparent_decoder, tra
 from glassine.runtime.engine import EngineOptions, open_engine
 from glassine.runtime.engine.portable.program import Constant
 
+TINY = Path(__file__).parents[2] / "models/tiny/tiny_transparent_decoder.safetensors"
 LAYOUTS = {"split": "channels_first", "einsum": "channels_last", "sdpa": "channels_last"}
 FP16 = 2e-2  # the tolerance for fp16 weights; outputs have a deviation of 0.56 (decoder) to 1.3 (attention)
 
@@ -79,7 +81,7 @@ def decoder_weights(layerdiffuse: ModuleType) -> Arrays:
 
 def packaged_decoder(
     path: Path,
-    weights: Arrays,
+    weights: WeightSource,
     form: str,
     config: TransparentDecoderConfig | None = None,
     size: tuple[int, int] = (64, 64),
@@ -266,7 +268,12 @@ def control_of(layerdiffuse: ModuleType, signal: np.ndarray, frames: int) -> np.
 
 
 @pytest.mark.parametrize(
-    ("form", "layout"), [*LAYOUTS.items(), ("einsum", "channels_first"), ("split", "channels_last")]
+    ("form", "layout"),
+    [
+        *LAYOUTS.items(),
+        pytest.param("einsum", "channels_first", marks=pytest.mark.slow),
+        pytest.param("split", "channels_last", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", SHARING)
 def test_attention_sharing(checkpoints, layerdiffuse, tmp_path, name, form, layout):
@@ -330,3 +337,40 @@ def test_control_encoder(layerdiffuse, tmp_path):
         assert off(results[control_name(unit)], signal) < 1e-5  # measured 4e-6, of which 2e-6 is x + 32 - 32
     rounded = network.predict(image=image)
     assert max(off(rounded[control_name(unit)], signal) for unit, signal in zip("abcd", signals, strict=True)) < FP16
+
+
+def over_grey(size: int) -> dict[str, np.ndarray]:
+    """A disc on the flat grey that transparent pictures are drawn on: large regions that are constant."""
+    rows, columns = np.mgrid[:size, :size] / size - 0.5
+    disc = (rows**2 + columns**2 < 0.04)[None, None]
+    colour = np.array([0.9, 0.2, 0.1], np.float32)[None, :, None, None]
+    latent = 0.3 * np.random.default_rng(0).standard_normal((1, 4, size // 8, size // 8))
+    return {"pixel": np.where(disc, colour, 0.5).astype(np.float32), "latent": latent.astype(np.float32)}
+
+
+def decibels_lost(network: Packaged, inputs: dict[str, np.ndarray]) -> float:
+    """PSNR of a run that rounds after every operation, against one that does not."""
+    results = []
+    for precision in ("fp32", "fp16"):
+        engine = open_engine(network.path, EngineOptions(engine="portable", precision=precision))
+        results.append(np.array(engine.predict(**inputs)["argb"], np.float64))
+        engine.close()
+    exact, rounded = results
+    assert np.isfinite(rounded).all()
+    return float(20 * np.log10(np.abs(exact).max() / np.sqrt(np.mean((rounded - exact) ** 2))))
+
+
+@pytest.mark.slow
+def test_the_tiny_decoder_survives_fp16(tmp_path):
+    checkpoint = open_checkpoint(TINY)
+    weights = FileWeights(checkpoint, {key: Source(key) for key in checkpoint.tensors})
+    config = TransparentDecoderConfig(channels=(12, 12, 16, 16, 24, 16, 16))
+    for form in ("split", "einsum"):
+        network = packaged_decoder(tmp_path / f"{form}.mlpackage", weights, form, config, (256, 256))
+        assert decibels_lost(network, over_grey(256)) > 40  # measured DB
+
+
+@pytest.mark.full
+def test_the_decoder_at_512_survives_fp16(decoder_weights, tmp_path):
+    network = packaged_decoder(tmp_path / "d.mlpackage", decoder_weights, "split", size=(512, 512))
+    assert decibels_lost(network, over_grey(512)) > 40
