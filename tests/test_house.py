@@ -110,6 +110,11 @@ def test_help_answers_at_once_because_nothing_heavy_is_imported(statement):
     assert not modules_after(statement) & {"torch", "coremltools", "numpy", "PIL", "rich", "tokenizers"}
 
 
+def test_the_converter_imports_coremltools_when_it_is_needed():
+    # The command line hides PyTorch from it first, which costs seconds and 200 MB otherwise.
+    assert not modules_after("import glassine.convert.folder, glassine.convert.addition") & {"torch", "coremltools"}
+
+
 def test_drawing_imports_neither_torch_nor_coremltools():
     assert not modules_after("import glassine.runtime.pipeline") & {"torch", "coremltools", "scipy", "diffusers"}
 
