@@ -49,7 +49,8 @@ def constants(package: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_folder_is_what_apples_pipeline_looks_for(tiny_folder, tiny_checkpoint):
-    assert names(tiny_folder) == sorted([*PACKAGES, "glassine.json", "merges.txt", "vocab.json"])
+    own = ["TextEncoder.weights.json", "Unet.weights.json", "glassine.json", "merges.txt", "vocab.json"]
+    assert names(tiny_folder) == sorted([*PACKAGES, *own])
     manifest = Manifest.read(tiny_folder)
     assert (manifest.family, manifest.width, manifest.height, manifest.batch) == ("sd15", 64, 64, 2)
     assert {role: part.file for role, part in manifest.parts.items()} == {
