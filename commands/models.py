@@ -99,10 +99,10 @@ if TYPE_CHECKING:
 @overwrite
 @as_json
 def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **asked: Any) -> None:
-    """Convert a checkpoint into a model folder, or add networks to one.
+    """Convert a checkpoint, or add networks to a model folder.
 
     SOURCE is a .safetensors file or a diffusers folder; OUT becomes a folder of .mlpackage files. Needs no network, no
-    torch and less than 200 MB of memory, and takes seconds. With --base, SOURCE is a file that adds to that folder.
+    torch and less than 300 MB of memory, and takes seconds. With --base, SOURCE is a file that adds to that folder.
 
     \b
     Example:
