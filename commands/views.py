@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def check_views(path: Path, request: Request, size: tuple[int, int], asked: dict[str, Any]) -> None:
     """Refuse, before drawing, views of an opaque picture, views that are in the way, and --no-padding where it pads."""
+    from glassine.runtime.compose import background
     from glassine.runtime.image import check_output
     from glassine.runtime.transparency import check_decoder_size
 
@@ -22,6 +23,8 @@ def check_views(path: Path, request: Request, size: tuple[int, int], asked: dict
         raise click.UsageError("--background and --keep-grey are about transparent pictures; say --transparent too")
     for view in views.values():
         check_output(view, overwrite=asked["overwrite"])
+    if "over" in views:
+        background(asked["background"], *size)
     if asked["no_padding"]:
         check_decoder_size(*size)
 

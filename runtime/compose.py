@@ -81,9 +81,9 @@ def background(what: str | Source, width: int, height: int) -> Bytes:
     Raises:
         RequestError: neither a colour nor a picture that can be read.
     """
-    if what == CHECKERBOARD:
-        return checkerboard(width, height)
     if isinstance(what, str):
+        if what == CHECKERBOARD:
+            return checkerboard(width, height)
         try:
             colour = ImageColor.getrgb(what)
         except ValueError:
@@ -92,7 +92,7 @@ def background(what: str | Source, width: int, height: int) -> Bytes:
                     f"background {what!r}: neither {CHECKERBOARD!r}, nor a colour such as white or #ff8800, nor a file"
                 ) from None
         else:
-            return np.broadcast_to(np.array(colour[:3], np.uint8), (height, width, 3)).copy()
+            return np.full((height, width, 3), colour[:3], np.uint8)
     scaled = read_picture(what, name="background")
     if scaled.size == (width, height):
         return scaled.pixels

@@ -91,6 +91,8 @@ def test_a_model_without_the_networks_says_how_to_add_them(glassine, tiny_folder
 def test_views_are_of_transparent_pictures(glassine, tiny_folder, tmp_path):
     result = glassine("generate", tiny_folder, "a star", "--background", "red")
     assert (result.exit_code, "say --transparent too" in result.stderr) == (2, True)
+    result = glassine("generate", tiny_folder, "a star", "--transparent", "--background", "blau")
+    assert (result.exit_code, "neither 'checkerboard', nor a colour" in result.stderr) == (1, True)
     (tmp_path / "star-over.png").write_bytes(b"mine")
     result = glassine("generate", tiny_folder, "a star", "--transparent", "--background", "red", "-o", "star.png")
     assert result.exit_code == 1

@@ -76,6 +76,7 @@ def test_backgrounds(tmp_path):
     picture = RNG.integers(0, 256, (30, 50, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "back.png")
     assert np.array_equal(background(str(tmp_path / "back.png"), 50, 30), picture)
+    assert np.array_equal(background(picture, 50, 30), picture)
     assert background(tmp_path / "back.png", 33, 21).shape == (21, 33, 3)
     with pytest.raises(RequestError, match="neither 'checkerboard', nor a colour"):
         background("no-such-colour", 3, 2)
