@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from coremltools.models.utils import bisect_model, rename_feature
 
+from glassine.convert.folder import ConvertOptions, convert_checkpoint
 from glassine.errors import EngineError, PackageError
 from glassine.runtime.engine.contract import COMPILED
 from glassine.runtime.foreign import is_model, read_model
@@ -118,8 +119,17 @@ def test_a_text_encoder_that_wants_integers(bundle, latents):
     assert np.array_equal(drawn(bundle), latents)
 
 
+def test_a_unet_in_three_chunks(tiny_checkpoint, tmp_path, latents):
+    folder = tmp_path / "chunks"
+    convert_checkpoint(tiny_checkpoint, folder, ConvertOptions(sizes=((64, 64),), attention="einsum", chunks=3))
+    (folder / "glassine.json").unlink()
+    assert len(read_model(folder).manifest.parts["unet"].about["chunks"]) == 3
+    assert len([name for name in read_model(folder).packages() if name.startswith("unet ")]) == 3
+    assert np.array_equal(drawn(folder), latents)
+
+
 @pytest.mark.slow  # cutting takes coremltools 25 s
-def test_chunks_run_in_sequence(bundle, tmp_path, latents):
+def test_chunks_that_coremltools_cut(bundle, tmp_path, latents):
     bisect_model(str(bundle / "Unet.mlpackage"), str(tmp_path), check_output_correctness=False)
     shutil.rmtree(bundle / "Unet.mlpackage")
     for number in (1, 2):
