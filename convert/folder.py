@@ -260,23 +260,24 @@ def _vae_precision(
         return options.vae_precision, {"why": "asked for"}
     if not detected.family.wide_vae or not any(role in VAE_ROLES for role in roles):
         return "float16", {}
-    if checkpoint.configs.get("vae", {}).get("force_upcast") is False:
+    source = detected.sources.get("vae", checkpoint)  # another file, where the VAE was swapped
+    if source.configs.get("vae", {}).get("force_upcast") is False:
         return "float16", {"why": "vae/config.json: force_upcast is false"}
-    vae, weights = detected.family.vae, detected.parts["vae"]
-    _check_whole_vae(checkpoint, detected)
-    fits, why = probe_vae(vae, weights, detected.family.latent_scale)
+    _check_whole_vae(source, detected)
+    fits, why = probe_vae(detected.family.vae, detected.parts["vae"], detected.family.latent_scale)
     return "float16" if fits else "float32", {"why": why}
 
 
-def _check_whole_vae(checkpoint: Checkpoint, detected: Detected) -> None:
+def _check_whole_vae(source: Checkpoint, detected: Detected) -> None:
     """Refuse a VAE that lacks something before any arithmetic is done with it."""
     for role in VAE_ROLES:
         requests = Requests(detected.parts["vae"].shapes)
         _write(role, detected.family, ConvertOptions(attention="einsum"), requests, (64, 64))
-        requests.check(str(checkpoint.path))
+        requests.check(str(source.path))
 
 
 def _vae_decision(packages: list[Planned]) -> dict[str, str]:
+    """What decided the VAE's precision, for those who look it up."""
     networks = (package.network for package in packages if package.network.role in VAE_ROLES)
     said = next((f"{net.precision}: {net.about['why']}" for net in networks if "why" in net.about), None)
     return {} if said is None else {"VAE precision": said}
