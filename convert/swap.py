@@ -286,10 +286,11 @@ def _homes(folder: Path) -> list[_Home]:
 
 def _home(folder: Path, group: list[Index]) -> _Home:
     packages = tuple(index.package for index in group)
+    index = max(group, key=lambda index: len(index.places))  # a network that came later may have added its own
     kept = folder / STORE / "base" / f"{packages[0]}.bin"
     if kept.is_file():
-        return _Home(packages, group[0], kept, True)
-    return _Home(packages, group[0], folder / packages[0] / WEIGHT_FILE, False)
+        return _Home(packages, index, kept, True)
+    return _Home(packages, index, folder / packages[0] / WEIGHT_FILE, False)
 
 
 def _patches(homes: Sequence[_Home], loras: Sequence[LoraFile]) -> dict[str, list[Lora]]:

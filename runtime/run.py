@@ -251,6 +251,9 @@ class Run:
         model = {"name": manifest.name}
         if manifest.parts["unet"].source_sha256:  # what others converted does not say what it was made of
             model["sha256"] = manifest.parts["unet"].source_sha256
+        if manifest.loras:
+            merged = (f"{lora.name}={lora.unet:g},{lora.text:g} {lora.sha256[:12]}" for lora in manifest.loras)
+            model["loras"] = "; ".join(merged)
         if self._pipe.refiner is not None:
             model["refiner"] = self._pipe.refiner.manifest.name
         return model

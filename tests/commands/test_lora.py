@@ -85,6 +85,7 @@ def test_the_lora_of_a_prompt_draws_as_one_that_was_added(glassine, model, ink):
     assert "left out" not in result.stderr
     with Image.open("out.png") as picture:
         assert "<lora:ink:0.5>" in picture.info["parameters"]  # and can be drawn again
+        assert json.loads(picture.info["glassine"])["model"]["loras"].startswith("ink=0.5,0.5 ")
     untouched, _ = drawn(glassine, model, "a cat")
     np.testing.assert_array_equal(plain, untouched)
     glassine("lora", model, "add", f"{ink}=0.5")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from glassine.convert import clone, rewrite, swap
+from glassine.convert.control import Control, control_networks
 from glassine.convert.extras import Extras
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
 from glassine.convert.index import Place, read_indices
@@ -359,3 +360,29 @@ def test_a_big_weight_costs_a_few_megabytes(checkpoints, tmp_path):
     # float32 sums, rounded: one in some thousand falls to the other side of a rounding
     assert (np.abs(found.astype(np.float32) - expected) <= np.spacing(np.abs(expected))).all()
     assert (found != expected).mean() < 2e-3
+
+
+def test_chunks_and_networks_that_live_beside_the_unet_change_with_it(tmp_path):
+    """Four packages of two weight files: after a change and after it is undone they share them still."""
+    control = Control(TINY / "tiny_control_canny.safetensors")
+    options = ConvertOptions(
+        sizes=((128, 128),), tokenizer=TINY, chunks=2, further=(lambda base: control_networks([control], base),)
+    )
+    folder = tmp_path / "model"
+    convert_checkpoint(TINY / "tiny.safetensors", folder, options)
+    before = contents(folder)
+
+    def files() -> list[tuple[str, ...]]:
+        shared: dict[int, list[str]] = {}
+        for path in sorted(folder.glob("*Unet*.mlpackage")):
+            inode = (path / "Data/com.apple.CoreML/weights/weight.bin").stat().st_ino
+            shared.setdefault(inode, []).append(path.stem)
+        return [tuple(names) for names in shared.values()]
+
+    together = [("ControlledUnetChunk1", "UnetChunk1"), ("ControlledUnetChunk2", "UnetChunk2")]
+    assert files() == together
+    change_loras(folder, [LoraFile(keep_file(folder, LCM))])
+    assert files() == together
+    assert sum(contents(folder)[name] != digest for name, digest in before.items()) == 5  # four, and glassine.json
+    change_loras(folder, [])
+    assert contents(folder) == before
