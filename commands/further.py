@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 further_options = options(
     click.option("--base", type=FOLDER,
-                 help="Add SOURCE, a ControlNet, a T2I-Adapter or a LayerDiffuse file, to this model folder; without "
-                      "OUT. --name is then the net's, and --batch 1 makes one that costs nothing where guidance is "
-                      "not steered."),
+                 help="Add SOURCE, a ControlNet, a T2I-Adapter or a LayerDiffuse [KIND=]FILE, to this model folder; "
+                      "without OUT. --name is then the net's, and --batch 1 makes one that costs nothing where guidance "
+                      "is not steered."),
     click.option("--control", multiple=True, metavar="FILE",
                  help="A ControlNet or T2I-Adapter for the folder, called by its file's name; may be repeated."),
     click.option("--transparent", multiple=True, metavar="[KIND=]FILE",
@@ -44,8 +44,10 @@ def further_of_file(source: Path, asked: dict[str, Any]) -> tuple[Further, ...]:
     """What the one file adds to a folder that is there."""
     from glassine.convert.control import Control, control_networks
     from glassine.convert.control_files import is_control
+    from glassine.convert.transparency import TransparentFile
 
-    if is_control(source):
+    said = TransparentFile.parse(str(source)).kind  # KIND=FILE
+    if said is None and is_control(source):
         return (partial(control_networks, [Control(source, name=asked["name"], batch=asked["batch"])]),)
     return _transparent((str(source),), asked)
 

@@ -367,7 +367,7 @@ def test_the_tiny_decoder_survives_fp16(tmp_path):
     config = TransparentDecoderConfig(channels=(12, 12, 16, 16, 24, 16, 16))
     for form in ("split", "einsum"):
         network = packaged_decoder(tmp_path / f"{form}.mlpackage", weights, form, config, (256, 256))
-        assert decibels_lost(network, over_grey(256)) > 40  # measured DB
+        assert decibels_lost(network, over_grey(256)) > 40  # measured 71
 
 
 @pytest.mark.full
