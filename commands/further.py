@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 further_options = options(
     click.option("--base", type=FOLDER,
                  help="Add SOURCE, a ControlNet, a T2I-Adapter or a LayerDiffuse [KIND=]FILE, to this model folder; "
-                      "without OUT. --name is then the net's, and --batch 1 makes one that costs nothing where guidance "
-                      "is not steered."),
+                      "without OUT. --name is then the net's, and --batch 1 makes one that costs nothing where "
+                      "guidance is not steered."),
     click.option("--control", multiple=True, metavar="FILE",
                  help="A ControlNet or T2I-Adapter for the folder, called by its file's name; may be repeated."),
     click.option("--transparent", multiple=True, metavar="[KIND=]FILE",
