@@ -105,9 +105,11 @@ def add_loras(folder: Path, files: Sequence[LoraFile]) -> Manifest:
     try:
         added = [replace(file, path=keep_file(folder, file.path)) for file in files]
         return change_loras(folder, [*applied(folder, but={file.path.stem for file in files}), *added])
-    except BaseException:
+    except BaseException:  # Ctrl-C too, which may come after the change has been decided
+        inside = {lora.name for lora in Manifest.read(folder).loras}
         for path in fresh:
-            path.unlink(missing_ok=True)
+            if path.stem not in inside:
+                path.unlink(missing_ok=True)
         if kept.is_dir() and not any(kept.iterdir()):
             kept.rmdir()
         raise
