@@ -87,7 +87,8 @@ class ControlFile:
 def is_control(path: Path) -> bool:
     """Whether this is something that steers a UNet, of whatever layout, known here or not; it may have other faults."""
     if path.is_dir():
-        return read_json(path / "config.json").get("_class_name") in CONTROL_CLASSES
+        config = path / "config.json"
+        return config.is_file() and read_json(config).get("_class_name") in CONTROL_CLASSES
     keys = open_checkpoint(path).tensors
     others = any(pattern.match(key) for key in keys for pattern, _ in _OTHERS)
     return others or bool(_adapter_keys(keys)) or _layout(keys) is not None
@@ -113,8 +114,7 @@ def open_control(path: Path, base: WeightSource) -> ControlFile:
                 f'{path}: this is {what} (key "{key}"), expected a ControlNet or a T2I-Adapter; '
                 "Glassine cannot draw with it"
             )
-    if names := _adapter_keys(keys):
-        _refuse_leftovers(path, [key for key in keys if key not in {source.key for source in names.values()}])
+    if names := _adapter_keys(keys):  # what is none of its weights is found when the graph has been written
         return ControlFile(checkpoint, "t2i_adapter", "T2I-Adapter", FileWeights(checkpoint, names))
     layout = _layout(keys)
     if layout is None:
@@ -164,7 +164,7 @@ def _control(checkpoint: Checkpoint, layout: Layout, base: WeightSource) -> Cont
     return ControlFile(checkpoint, kind, layout.origin, whole)
 
 
-def _refuse_leftovers(path: Path, unknown: list[str], twice: Collection[tuple[str, str]] = ()) -> None:
+def _refuse_leftovers(path: Path, unknown: list[str], twice: Collection[tuple[str, str]]) -> None:
     if unknown:
         raise ConversionError(
             f"{path}: {len(unknown)} keys belong to no network that Glassine knows: {shorten(unknown)}; "

@@ -186,11 +186,24 @@ def test_a_diffusers_folder(checkpoints, controls, families, tmp_path):
     config = {"_class_name": "ControlNetModel", "global_pool_conditions": True}
     (folder / "config.json").write_text(json.dumps(config))
     package = plan(folder, base_of(families["sd15"]))
+    assert is_control(folder)
+    assert not is_control(folder.parent)  # a folder of another kind, or none of diffusers' at all
     assert package.network.config.pooled
     assert package.network.key == "control:sd-controlnet-anything"
     (folder / "config.json").write_text(json.dumps({"_class_name": "Transformer2DModel"}))
     with pytest.raises(CheckpointError, match="Transformer2DModel, expected one of ControlNetModel"):
         plan(folder, base_of(families["sd15"]))
+
+
+def test_a_whole_model_with_a_net_in_it(checkpoints, controls, families, tmp_path):
+    """The first files, control_sd15_*: everything they were trained with, and a schedule; the net alone is taken."""
+    net = checkpoints.values(controls.ldm_control(checkpoints, checkpoints.TINY))
+    rest = checkpoints.values(checkpoints.ldm_checkpoint(checkpoints.TINY))
+    named = {**rest, **{f"control_model.{key}": value for key, value in net.items()}, "betas": np.zeros(1000)}
+    path = checkpoints.write_safetensors(tmp_path / "control_sd15_hed.safetensors", named)
+    package = plan(path, base_of(families["sd15"]))
+    assert stored(package).keys() == {controls.diffusers_name(checkpoints, key) for key in net}
+    assert package.network.about["preprocessor"] == "softedge"
 
 
 def test_differences_are_added_to_the_base(checkpoints, controls, families, tmp_path):
