@@ -33,8 +33,8 @@ _OPEN_CLIP_H = 1024  # width of Stable Diffusion 2's text encoder
 # Ends of a file's name, in lower case without separators; the first that fits counts.
 _ENDS = re.compile(
     r"(?:(?P<controlled_unet>controlledunet|controlunet)|(?P<refiner>unetrefiner|refiner)|(?P<unet>unet)"
-    r"|(?P<text_encoder>textencoder)|(?P<vae_decoder>vaedecoder)|(?P<vae_encoder>vaeencoder)"
-    r"|(?P<sd3>mmdit|multimodaldiffusiontransformer))(?:chunk(?P<chunk>\d+)|(?P<second>2))?$"
+    r"|(?<!multilingual)(?P<text_encoder>textencoder)(?P<second>2)?|(?P<vae_decoder>vaedecoder)"
+    r"|(?P<vae_encoder>vaeencoder)|(?P<sd3>mmdit|multimodaldiffusiontransformer))(?:chunk(?P<chunk>\d+))?$"
 )
 Files = dict[str, list[Path]]
 Names = dict[str, Any]  # what `Renamed` takes: "inputs", "outputs", "zeros"

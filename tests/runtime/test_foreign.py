@@ -205,6 +205,8 @@ def test_what_sdxl_and_lcm_read(tmp_path):
     context = [1, 2048, 1, 77]
     shapes = {"sample": [1, 4, 96, 128], "timestep": [1], "encoder_hidden_states": context, "text_embeds": [1, 1280]}
     declare(tmp_path / "Unet.mlmodelc", {**shapes, "time_ids": [6], "timestep_cond": [1, 256]}, {"noise_pred": []})
+    for stranger in ("SafetyChecker", "MultilingualTextEncoder", "Unet2", "Upscaler"):
+        declare(tmp_path / f"{stranger}.mlmodelc", {"a": [1], "b": [1]}, {})  # parts that nothing here needs
     declare(tmp_path / "UnetRefiner.mlmodelc", {**shapes, "time_ids": [1, 5]}, {"noise_pred": []})
     for encoder in ("TextEncoder", "TextEncoder2"):
         declare(tmp_path / f"{encoder}.mlmodelc", {"input_ids": [1, 77]}, {"hidden_embeds": [], "pooled_outputs": []})
@@ -212,6 +214,7 @@ def test_what_sdxl_and_lcm_read(tmp_path):
     manifest = model.manifest
     assert (manifest.family, manifest.width, manifest.height, manifest.batch) == ("sdxl", 1024, 768, 1)
     assert (manifest.latent_scale, manifest.clip_skip, manifest.tokens) == (0.13025, 2, 77)
+    assert set(manifest.parts) == {"unet", "text_encoder", "text_encoder_2"}
     assert manifest.defaults["sampler"] == "lcm"
     assert [role for role, part in manifest.parts.items() if part.about.get("pad") == 0] == ["text_encoder_2"]
     assert model.refiner.family == "sdxl_refiner"
