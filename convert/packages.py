@@ -35,6 +35,7 @@ from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError
 from glassine.manifest import Part
 
+_BIG_GRAPH = 4 << 20  # bytes of a program: only SDXL's with split attention has more
 _FEATURES = {
     "input_ids": "The token ids of the prompt, padded to this length.",
     "last_hidden_state": "One vector a token.",
@@ -153,6 +154,9 @@ def plan_packages(
                 if home in hosts:
                     cuts[home, size] = hosts[home].cuts(size)
             lowered = lower(program, _description(network, name), plans[home, size], network.palette)
+            del program
+            if len(lowered.model) > _BIG_GRAPH:
+                gc.collect()  # a million objects that refer to each other: gone before the next ones come
             pieces = cut(lowered, network.chunks, cuts.get((home, size), ()) if network.beside is not None else ())
             cuts.setdefault((home, size), cuts_of(pieces))
         asked.setdefault(id(network.weights), set()).update(requests.asked)
