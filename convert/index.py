@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,20 @@ def write_index(folder: Path, package: str, role: str, plan: Plan, weights: Weig
         shape = weights.shapes[weight.name]
         places.append(Place(name, shape, record.dtype, weight.scale, record.data_offset, owner))
     save_index(folder, Index(package, part, plan.file_size, tuple(places)))
+
+
+def by_frame(places: Iterable[Place]) -> Iterator[Place]:
+    """The places, those that hold a matrix for each frame (LayerDiffuse's attention sharing) taken apart."""
+    places = tuple(places)
+    plain = {place.name: place.shape for place in places if not place.owner}
+    for place in places:
+        own = plain.get(place.name, place.shape)
+        frames = place.shape[0] // own[0] if own and own[0] else 1
+        if frames < 2 or place.shape != (frames * own[0], *own[1:]):
+            yield place
+            continue
+        step = place.nbytes // frames
+        yield from (replace(place, shape=own, offset=place.offset + frame * step) for frame in range(frames))
 
 
 def save_index(folder: Path, index: Index) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from glassine.convert.clone import clone_or_copy, link_or_copy
 from glassine.convert.extras import file_sha256
-from glassine.convert.index import Index, part_of, read_indices
+from glassine.convert.index import Index, by_frame, part_of, read_indices
 from glassine.convert.lora import Lora, LoraFile, lora_patches
 from glassine.convert.package import check_space
 from glassine.convert.rewrite import write_changed
@@ -289,6 +289,7 @@ def _homes(folder: Path) -> list[_Home]:
 def _home(folder: Path, group: list[Index]) -> _Home:
     packages = tuple(index.package for index in group)
     index = max(group, key=lambda index: len(index.places))  # a network that came later may have added its own
+    index = replace(index, places=tuple(by_frame(index.places)))
     kept = folder / STORE / "base" / f"{packages[0]}.bin"
     if kept.is_file():
         return _Home(packages, index, kept, True)

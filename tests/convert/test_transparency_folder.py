@@ -17,8 +17,10 @@ from glassine.convert.addition import add_networks
 from glassine.convert.checkpoint import open_checkpoint
 from glassine.convert.detect import detect
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
+from glassine.convert.lora import LoraFile
 from glassine.convert.network import Network, Size
 from glassine.convert.program import Requests
+from glassine.convert.swap import change_loras, keep_file
 from glassine.convert.transparency import TransparentFile, transparent_networks
 from glassine.convert.verify import verify_folder
 from glassine.errors import CheckpointError, ConversionError, PackageError
@@ -252,3 +254,25 @@ def test_damaged_files_are_refused_and_change_nothing(plain, files, tmp_path):
                 overwrite=True,
             )
     assert contents(plain) == before
+
+
+def test_a_lora_reaches_every_frame(checkpoints, plain, tmp_path):
+    """The frames' matrices lie one below the other in one record; the LoRA was trained for one of them."""
+    unet = addition.PackagedWeights(plain, Manifest.read(plain), "fg2bg_unet")
+    name = next(name for name in unet.shapes if name.endswith("attn1.to_v.weight"))
+    before = stored(unet, name)
+    rows, columns = before.shape[0] // 2, before.shape[1]
+    rng = np.random.default_rng(7)
+    up, down = rng.standard_normal((rows, 2)).astype(np.float16), rng.standard_normal((2, columns)).astype(np.float16)
+    module = f"unet.{name.removesuffix('.weight')}"
+    path = tmp_path / "ink.safetensors"
+    checkpoints.write_safetensors(path, {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}, dtype="F16")
+    change_loras(plain, [LoraFile(keep_file(plain, path), 0.5, 0.5)])
+    after = stored(addition.PackagedWeights(plain, Manifest.read(plain), "fg2bg_unet"), name)
+    difference = 0.5 * up.astype(np.float32) @ down.astype(np.float32)
+    np.testing.assert_allclose(after - before, np.concatenate([difference, difference]), atol=5e-3)  # fp16 of 4
+
+
+def stored(weights: addition.PackagedWeights, name: str) -> np.ndarray:
+    shape = weights.shapes[name]
+    return weights.read(name, 0, int(np.prod(shape))).astype(np.float32).reshape(shape)

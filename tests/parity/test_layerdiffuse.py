@@ -373,4 +373,4 @@ def test_the_tiny_decoder_survives_fp16(tmp_path):
 @pytest.mark.full
 def test_the_decoder_at_512_survives_fp16(decoder_weights, tmp_path):
     network = packaged_decoder(tmp_path / "d.mlpackage", decoder_weights, "split", size=(512, 512))
-    assert decibels_lost(network, over_grey(512)) > 40
+    assert decibels_lost(network, over_grey(512)) > 40  # measured 70
