@@ -68,7 +68,13 @@ def their_unet(checkpoints, sizes, tensors, inputs):
         ).sample.numpy()
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+# What differs from another kind in a number alone has its turn with the slow tests.
+ALIKE = {"pix2pix", "distilled sdxl"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind in sorted(KINDS)]
+)
 def test_the_unet_of_every_family_is_diffusers(checkpoints, tmp_path, kind):
     sizes = sizes_of(checkpoints, kind)
     tensors = checkpoints.values(checkpoints.ldm_unet(sizes))

@@ -19,7 +19,7 @@ def unet(checkpoints, tmp_path_factory):
     return checkpoints.write_safetensors(path, tensors, metadata=checkpoints.TINY.header())
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_functions_are_the_packages_they_stand_for(unet, tmp_path, chunks):
     common = {"sizes": SIZES, "part": "unet", "attention": "einsum", "chunks": chunks}
     apart = convert_checkpoint(unet, tmp_path / "apart", ConvertOptions(**common))
