@@ -286,9 +286,9 @@ def test_killed_at_any_moment_it_is_one_or_the_other(times, model, loras):
     for i in range(times):
         child = subprocess.Popen([sys.executable, "-c", SCRIPT, model], stdout=subprocess.PIPE)
         assert child.stdout is not None
-        child.stdout.readline()
+        assert child.stdout.readline(), "the child ended by itself"
         began = time.monotonic()
-        child.stdout.readline()  # with LoRAs: the time that the next change will take
+        assert child.stdout.readline()  # with LoRAs: the time that the next change will take
         for _ in range(i % 3):
             child.stdout.readline()
         time.sleep(chance.uniform(0, time.monotonic() - began) / (1 + i % 3))
