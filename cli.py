@@ -13,11 +13,13 @@ import click
 
 from glassine import __version__
 from glassine.commands.about import demo, doctor
+from glassine.commands.batch import batch
 from glassine.commands.draw import fan, generate, show_map
 from glassine.commands.layers import compose, layers
 from glassine.commands.lora import lora
 from glassine.commands.models import convert, inspect, verify
 from glassine.commands.preprocess import preprocess
+from glassine.commands.recipe import recipe
 from glassine.errors import GlassineError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -56,5 +58,20 @@ def main() -> None:
     """
 
 
-for verb in (convert, generate, show_map, fan, layers, compose, preprocess, lora, inspect, verify, demo, doctor):
+for verb in (
+    convert,
+    generate,
+    show_map,
+    fan,
+    batch,
+    layers,
+    compose,
+    preprocess,
+    lora,
+    recipe,
+    inspect,
+    verify,
+    demo,
+    doctor,
+):
     main.add_command(verb)

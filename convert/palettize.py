@@ -83,12 +83,14 @@ class Form:
 class Palette:
     """The form of every weight: `form` for all, but for those in `other` (None: it stays fp16)."""
 
-    form: Form
+    form: Form | None
     other: Mapping[str, Form | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, words: str) -> Palette:
         """Read the words of a `Form`, or the JSON file of a recipe: {"form": "6", "other": {"conv_in.weight": "8"}}.
+
+        null in the place of a form is fp16.
 
         Raises:
             ConversionError: other words, or a file of another form.
@@ -98,7 +100,7 @@ class Palette:
         try:
             raw = json.loads(Path(words).read_text(encoding="utf-8"))
             other = {str(name): None if form is None else Form.read(form) for name, form in raw["other"].items()}
-            return cls(Form.read(raw["form"]), other)
+            return cls(None if raw["form"] is None else Form.read(raw["form"]), other)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(
                 f'{words}: cannot be used as a recipe ({error}); expected {{"form": "6", "other": {{"NAME": "8"}}}}'

@@ -1,0 +1,182 @@
+"""Which layers of a UNet keep more bits: measured by what each one does to the output, not guessed.
+
+    for each group of layers:  a package in which they alone have the fewest bits  ->  noise in the output
+    noise and bytes of every group  ->  the recipe that `convert --palette` reads
+
+Errors of weights are small and independent, so the noise of groups adds up, and each further bit takes away 6 dB: one
+run a group is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glassine.convert.package import write_package
+from glassine.convert.palettize import Form, Palette
+from glassine.convert.program import Requests, bits_of, lower
+from glassine.convert.weights import WeightSource
+from glassine.errors import ConversionError
+from glassine.models.config import UNetConfig
+
+Run = Callable[[Path], NDArray[np.float32]]  # a package -> its output, on inputs that are always the same
+Report = Callable[[int, int, str], None]
+
+PIXELS = 64  # side of the picture that noise is measured on: weights, not activations, cost the time
+_KINDS = ("attentions", "resnets", "downsamplers", "upsamplers")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that get the same form.
+
+    noise: power of the output's error over that of the output, in the form of the fewest bits. bits: by form (None:
+    fp16), what their weights take.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+    noise: float
+    bits: Mapping[Form | None, int]
+
+    def noise_in(self, form: Form | None, lowest: Form) -> float:
+        """Return the noise in a form: a bit more quarters it."""
+        return 0.0 if form is None else self.noise * 4.0 ** (lowest.bits - form.bits)
+
+
+class Judge:
+    """Runs a UNet, for a small picture, with some of its weights in fewer bits."""
+
+    def __init__(self, config: UNetConfig, weights: WeightSource, scratch: Path, run: Run) -> None:
+        """Write the graph.
+
+        Args:
+            scratch: a folder for one package at a time. run: runs it.
+        """
+        from glassine.models.unet import unet
+
+        cells = PIXELS // 8
+        form = {"attention": "einsum", "layout": "channels_last"}
+        self._program = unet(config, Requests(weights.shapes), batch=1, height=cells, width=cells, **form)
+        self._package, self._run = scratch / "measured.mlpackage", run
+        self.weights = weights
+        self.plain = self._output(None)
+
+    def noise(self, palette: Palette) -> float:
+        """Return the power of the output's error over that of the output."""
+        error = np.square(self._output(palette) - self.plain, dtype=np.float64).mean()
+        return float(error / np.square(self.plain, dtype=np.float64).mean())
+
+    def _output(self, palette: Palette | None) -> NDArray[np.float32]:
+        write_package(self._package, lower(self._program, palette=palette), self.weights, overwrite=True)
+        return self._run(self._package)
+
+
+def measure(judge: Judge, forms: Sequence[Form], report: Report) -> list[Group]:
+    """Measure every group of layers of a UNet.
+
+    Args:
+        forms: palettes, from the fewest bits to the most. report: called with (done, total, group).
+
+    Raises:
+        ConversionError: `forms` are in another order, or not all palettes of one table.
+    """
+    widths = [form.bits for form in forms]
+    if widths != sorted(set(widths)) or any(form.kind != "palette" or form.group for form in forms):
+        raise ConversionError(f"forms {', '.join(map(str, forms))}: expected some of 4, 6, 8, the fewest bits first")
+    large = {name: shape for name, shape in judge.weights.shapes.items() if forms[0].fits(shape)}
+    groups: dict[str, list[str]] = {}
+    for name in large:
+        groups.setdefault(group_of(name), []).append(name)
+    found = []
+    for done, (group, names) in enumerate(groups.items()):
+        report(done, len(groups), group)
+        bits: dict[Form | None, int] = {None: 16 * sum(math.prod(large[name]) for name in names)}
+        bits.update({form: sum(_stored_bits(large[name], form) for name in names) for form in forms})
+        found.append(Group(group, tuple(names), judge.noise(Palette(None, dict.fromkeys(names, forms[0]))), bits))
+    report(len(groups), len(groups), "")
+    return found
+
+
+def choose(
+    groups: Sequence[Group], forms: Sequence[Form], *, megabytes: float | None = None, decibels: float | None = None
+) -> dict[str, Form | None]:
+    """Choose a form for every group: the smallest for `decibels` of signal to noise, or the best within `megabytes`.
+
+    From the fewest bits on, the group whose next form takes away the most noise a bit is given it.
+
+    Raises:
+        ConversionError: not even the fewest bits fit into `megabytes`, or not exactly one target is given.
+    """
+    if (megabytes is None) == (decibels is None):
+        raise ConversionError("give a size in megabytes or a signal to noise in decibels, one of the two")
+    ladder: list[Form | None] = [*forms, None]
+    level = {group.name: 0 for group in groups}
+    size = sum(group.bits[forms[0]] for group in groups) / 8e6
+    if megabytes is not None and size > megabytes:
+        raise ConversionError(
+            f"{megabytes:g} MB: with {forms[0]} bits everywhere the weights take {size:.0f} MB already"
+        )
+
+    def gain(group: Group) -> float:
+        now, then = (ladder[level[group.name] + up] for up in (0, 1))
+        saved = group.noise_in(now, forms[0]) - group.noise_in(then, forms[0])
+        return saved / (group.bits[then] - group.bits[now])
+
+    while True:
+        if decibels is not None and signal_to_noise(groups, _forms(level, ladder), forms[0]) >= decibels:
+            break
+        rising = [group for group in groups if level[group.name] + 1 < len(ladder)]
+        if megabytes is not None:
+            rising = [group for group in rising if size + _step(group, level, ladder) <= megabytes]
+        if not rising:
+            break
+        best = max(rising, key=gain)
+        size += _step(best, level, ladder)
+        level[best.name] += 1
+    return _forms(level, ladder)
+
+
+def signal_to_noise(groups: Sequence[Group], chosen: Mapping[str, Form | None], lowest: Form) -> float:
+    """Return what `chosen` should give, in dB."""
+    noise = sum(group.noise_in(chosen[group.name], lowest) for group in groups)
+    return -10 * math.log10(noise) if noise else math.inf
+
+
+def recipe(groups: Sequence[Group], chosen: Mapping[str, Form | None]) -> Palette:
+    """Return the palette that gives every group its form."""
+    return Palette(None, {name: chosen[group.name] for group in groups for name in group.weights})
+
+
+def write_recipe(path: Path, palette: Palette, measured: Mapping[str, object]) -> None:
+    """Write what `Palette.read` reads, with what was measured beside it."""
+    other = {name: None if form is None else str(form) for name, form in palette.other.items()}
+    text = json.dumps({"form": None, "other": other, "measured": measured}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def group_of(name: str) -> str:
+    """Return the group of a weight: the layers of one kind in one block."""
+    parts = name.split(".")
+    kind = next((i for i, part in enumerate(parts) if part in _KINDS), 0)
+    return ".".join(parts[: kind + 1])
+
+
+def _stored_bits(shape: tuple[int, ...], form: Form) -> int:
+    return sum(math.prod(item) * bits_of(dtype) for item, dtype in form.items(shape).values())
+
+
+def _forms(level: Mapping[str, int], ladder: Sequence[Form | None]) -> dict[str, Form | None]:
+    return {name: ladder[height] for name, height in level.items()}
+
+
+def _step(group: Group, level: Mapping[str, int], ladder: Sequence[Form | None]) -> float:
+    """Megabytes that the group's next form takes beyond this one."""
+    now, then = (ladder[level[group.name] + up] for up in (0, 1))
+    return (group.bits[then] - group.bits[now]) / 8e6
