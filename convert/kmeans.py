@@ -31,7 +31,7 @@ def optimal_palette(values: Floats, counts: Floats, k: int) -> Floats:
     """
     n = len(values)
     if n <= k:
-        return values.copy()
+        return np.array(values)
     middle = float(np.average(values, weights=counts))
     sums = _Sums(values - middle, counts)
     least = np.concatenate([[np.inf], sums.cost(np.zeros(n, np.int64), np.arange(1, n + 1))])

@@ -187,7 +187,7 @@ class _Table:
         present = np.flatnonzero(counts).astype(np.uint16)
         values = present.view(np.float16).astype(np.float64)
         values, where = np.unique(values, return_inverse=True)  # ascending; -0 and 0 are one
-        weight = np.bincount(where, counts[present].astype(np.float64))
+        weight = np.asarray(np.bincount(where, counts[present].astype(np.float64)), np.float64)
         make = optimal_palette if exact else good_palette
         numbers = np.sort(make(values, weight, 1 << width).astype(np.float16))
         # The means were rounded to fp16, so which one is nearest is asked of the rounded ones.

@@ -62,8 +62,10 @@ class Judge:
         from glassine.models.unet import unet
 
         cells = PIXELS // 8
-        form = {"attention": "einsum", "layout": "channels_last"}
-        self._program = unet(config, Requests(weights.shapes), batch=1, height=cells, width=cells, **form)
+        requests = Requests(weights.shapes)
+        self._program = unet(
+            config, requests, batch=1, height=cells, width=cells, attention="einsum", layout="channels_last"
+        )
         self._package, self._run = scratch / "measured.mlpackage", run
         self.weights = weights
         self.plain = self._output(None)

@@ -39,7 +39,7 @@ def test_few_bytes_for_a_signal_to_noise(groups, decibels):
     size = sum(group.bits[chosen[group.name]] for group in groups) / 8e6
     assert signal_to_noise(groups, chosen, FORMS[0]) >= decibels
     least = min(size for size, signal in everything(groups) if signal >= decibels)
-    assert size <= 1.15 * least  # the greedy choice; measured at most 1.10
+    assert size <= 1.1 * least  # the greedy choice; measured at most 1.061
 
 
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 0.7])
@@ -48,7 +48,7 @@ def test_little_noise_within_a_size(groups, share):
     chosen = choose(groups, FORMS, megabytes=megabytes)
     assert sum(group.bits[chosen[group.name]] for group in groups) / 8e6 <= megabytes
     best = max(signal for size, signal in everything(groups) if size <= megabytes)
-    assert signal_to_noise(groups, chosen, FORMS[0]) >= best - 3  # dB; measured at most 1.9
+    assert signal_to_noise(groups, chosen, FORMS[0]) >= best - 0.5  # dB; measured at most 0.02
 
 
 def test_everything_fits(groups):
