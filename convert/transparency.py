@@ -125,7 +125,7 @@ def transparent_networks(files: Sequence[TransparentFile], base: Base) -> list[N
     networks = []
     for file in files:
         checkpoint = open_checkpoint(file.path)
-        kind = _kind(checkpoint, file, base)
+        kind = _kind(checkpoint, file)
         if kind in ("decoder", "encoder"):
             _check_family(checkpoint, file, base)
             network = _decoder(checkpoint, base) if kind == "decoder" else _encoder(checkpoint, file, base)
@@ -155,7 +155,7 @@ def is_transparent(path: Path) -> bool:
         return False
 
 
-def _kind(checkpoint: Checkpoint, file: TransparentFile, base: Base) -> Kind:
+def _kind(checkpoint: Checkpoint, file: TransparentFile) -> Kind:
     """What the file is, by its keys, then by its name or digest where they cannot tell."""
     possible = _possible_kinds(checkpoint, said=file.kind == "transparent")
     if file.kind is not None:
@@ -184,13 +184,14 @@ def _possible_kinds(checkpoint: Checkpoint, said: bool) -> tuple[Kind, ...]:
         return ("encoder",)
     if any(key.startswith("hookers.layers.") for key in keys):
         return ("fg2bg", "bg2fg") if any(key.startswith("kwargs_encoder.") for key in keys) else _frames_kind(keys)
+    is_unet = any(key.startswith(("time_embedding.", "time_embed.", "model.")) for key in keys)  # a whole one
     first = next((checkpoint.tensors[key] for key in _FIRST if key in keys), None)
-    if first is not None and len(first.shape) == 4 and first.shape[1] != 4:
+    if not is_unet and first is not None and len(first.shape) == 4 and first.shape[1] != 4:
         whole = any("transformer_blocks" in key for key in keys)
         wide: dict[int, tuple[Kind, ...]] = {8: ("fg2ble", "bg2ble"), 12: ("bgble2fg",) if whole else ("fgble2bg",)}
         if first.shape[1] in wide:
             return wide[first.shape[1]]
-    elif _is_patch(checkpoint, said):
+    elif not is_unet and _is_patch(checkpoint, said):
         return ("transparent",)
     lora = _is_lora(checkpoint)
     raise CheckpointError(
@@ -208,7 +209,7 @@ def _frames_kind(keys: Any) -> tuple[Kind, ...]:
 
 
 def _is_patch(checkpoint: Checkpoint, said: bool) -> bool:
-    """Whether these are differences: LayerDiffuse's keys, diffusers' without what only a whole UNet has, or a LoRA.
+    """Whether these are differences of a UNet: under LayerDiffuse's keys, under diffusers', or a LoRA.
 
     Any LoRA could be meant; only one that is called so is taken for LayerDiffuse's.
     """
@@ -217,8 +218,7 @@ def _is_patch(checkpoint: Checkpoint, said: bool) -> bool:
         return True
     if _is_lora(checkpoint):
         return said or "transparent" in checkpoint.path.stem.lower()
-    whole = any(key.startswith(("time_embedding.", "time_embed.", "model.")) for key in keys)
-    return not whole and any(key.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for key in keys)
+    return any(key.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for key in keys)
 
 
 def _is_lora(checkpoint: Checkpoint) -> bool:

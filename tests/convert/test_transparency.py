@@ -54,7 +54,7 @@ def bases(checkpoints, tmp_path_factory) -> dict[str, Base]:
             checkpoints.write_sparse(path, checkpoints.ldm_checkpoint(sizes), metadata=sizes.header())
         )
         found = detect(source)
-        options = ConvertOptions(sizes=((512, 512),), batch=2)
+        options = ConvertOptions(sizes=((512, 512),), batch=2, chunks=1)
         bases[name] = Base(family=found.family, unet=found.parts["unet"], source=source, files=(path,), options=options)
     return bases
 
@@ -80,6 +80,23 @@ def test_released_files_are_recognised_by_their_keys(listed, file):
     assert len(networks[0].changed) == changed
     # Nothing is left of the UNet's weights, and nothing of the file's: every name has one place.
     assert networks[0].beside == ("unet" if changed else None)
+
+
+@pytest.mark.parametrize(
+    ("file", "chunks", "beside"),
+    [
+        ("layer_sd15_transparent_attn", None, "unet"),  # 1.9 GB together
+        ("layer_sd15_joint", None, None),  # more than the Neural Engine takes in one file, the base alone is not
+        ("layer_sd15_joint", 1, "unet"),
+        ("layer_sd15_transparent_attn", 2, None),
+        ("layer_xl_transparent_attn", None, None),
+    ],
+)
+def test_one_weight_file_where_the_hardware_takes_it(listed, bases, monkeypatch, file, chunks, beside):
+    base = bases[UNETS[file]]
+    options = dataclasses.replace(base.options, chunks=chunks)
+    monkeypatch.setitem(bases, UNETS[file], dataclasses.replace(base, options=options))
+    assert listed(file)[0].beside == beside
 
 
 def test_units_are_numbered_as_in_the_files(layerdiffuse, bases):
@@ -278,3 +295,13 @@ def test_the_opposite_strength_takes_a_patch_out_again(checkpoints, tmp_path):
     back = Patched(once, [Differences(open_checkpoint(tmp_path / "p.safetensors"), shapes, Numbering(), -1.0)])
     for name, array in BASE.items():
         np.testing.assert_allclose(read(back, name), array, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 12])
+def test_a_whole_unet_is_no_patch(checkpoints, bases, tmp_path, channels):
+    shapes = dict(bases["sdxl"].unet.shapes)
+    shapes["conv_in.weight"] = (320, channels, 3, 3)
+    path = checkpoints.write_sparse(tmp_path / "transparent_unet.safetensors", shapes)
+    assert not transparency.is_transparent(path)
+    with pytest.raises(CheckpointError, match="no file of LayerDiffuse"):
+        transparent_networks([TransparentFile(path=path)], bases["sdxl"])
