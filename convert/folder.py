@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -188,13 +187,11 @@ def _check_out(out: Path, options: ConvertOptions) -> None:
         raise PackageError(f"{out}: exists; choose another folder or pass --overwrite to replace it")
     if not (out / FILE_NAME).is_file():
         raise PackageError(f"{out}: has no {FILE_NAME}, so Glassine did not make it and does not replace it")
-    further = ("UnetRefiner", "ControlledUnet", "AdaptedUnet", "PreviewDecoder", r"(ControlNet|Adapter)_[\w.-]+?")
-    names = "|".join((*PACKAGES.values(), *further))
-    packages = rf"({names})(Chunk\d)?(_\d+x\d+)?\.(mlpackage|mlmodelc|weights\.json)"
-    texts = {FILE_NAME, STORE, VOCABULARY, MERGES, ".DS_Store"}
-    strangers = sorted(
-        entry.name for entry in out.iterdir() if entry.name not in texts and not re.fullmatch(packages, entry.name)
-    )
+    ours = {FILE_NAME, STORE, VOCABULARY, MERGES, ".DS_Store"}
+    for part in Manifest.read(out).parts.values():
+        for file in (part.file, *part.about.get("chunks", ())):
+            ours |= {file, *(Path(file).with_suffix(suffix).name for suffix in (".mlmodelc", ".weights.json"))}
+    strangers = sorted({entry.name for entry in out.iterdir()} - ours)
     if strangers:
         raise PackageError(f"{out}: also holds {shorten(strangers)}, which would be lost; move it away first")
 

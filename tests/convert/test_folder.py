@@ -299,6 +299,13 @@ def test_an_existing_folder_is_replaced_only_on_request_and_only_if_it_is_ours(t
     assert (tmp_path / "file").read_text() == (out / "picture.png").read_text() == "mine"
 
 
+def test_everything_that_a_folder_lists_is_replaced_with_it(tiny_checkpoint, tmp_path):
+    pieces = dataclasses.replace(SMALL, part="unet", chunks=2, overwrite=True)
+    for options in (pieces, dataclasses.replace(SMALL, part="vae_encoder", overwrite=True)):
+        convert_checkpoint(tiny_checkpoint, tmp_path / "out", options)
+    assert names(tmp_path / "out") == ["VAEEncoder.mlpackage", "glassine.json"]
+
+
 def test_a_link_stays_a_link(tiny_checkpoint, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
