@@ -208,7 +208,10 @@ def from_noise(**settings):
 
 @pytest.mark.parametrize(
     ("model", "spacing", "settings"),
-    [("sd2", "linspace", {}), ("sd2_zero_snr", "trailing", {"rescale_betas_zero_snr": True})],
+    [
+        pytest.param("sd2", "linspace", {}, marks=pytest.mark.slow),
+        ("sd2_zero_snr", "trailing", {"rescale_betas_zero_snr": True}),
+    ],
 )
 def test_stable_diffusion_2_predicting_velocity(bench, tokenizers, model, spacing, settings):
     scheduler = euler(prediction_type="v_prediction", timestep_spacing=spacing, **settings)
@@ -260,7 +263,7 @@ def test_sdxl_image_to_image(bench, tokenizers, picture, posterior_mean):
     assert relative(bench.pipe("sdxl").run(request, inputs).finish().latents, theirs) < CLOSE
 
 
-@pytest.mark.parametrize("share", [0.4, 0.6])
+@pytest.mark.parametrize("share", [0.4, pytest.param(0.6, marks=pytest.mark.slow)])
 def test_the_refiner_takes_over_in_the_same_run(bench, tokenizers, share, monkeypatch):
     base = sdxl(StableDiffusionXLPipeline, bench.modules("sdxl"), tokenizers, euler())
     refiner = sdxl(
@@ -278,7 +281,7 @@ def test_the_refiner_takes_over_in_the_same_run(bench, tokenizers, share, monkey
     assert relative(drawn(pipe, requested(refine_at=1.0)), theirs) > 1e-2
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_sde"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", pytest.param("dpmpp_sde", marks=pytest.mark.slow)])
 def test_a_refiner_that_is_the_base_model_changes_nothing(bench, monkeypatch, sampler):
     """Noise and the sampler's history go on where the refiner takes over."""
     pipe = bench.pipe("sdxl")
