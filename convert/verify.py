@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from glassine.convert.network import Network
 from glassine.convert.transparency import is_transparent
 from glassine.convert.verify_layers import layer_networks, layer_outputs
 from glassine.errors import ConversionError, MissingDependency, PackageError
-from glassine.manifest import Manifest, Part
+from glassine.manifest import FILE_NAME, Manifest, Part
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.compose import Chain
 
@@ -250,3 +251,25 @@ def _reference(role: str, detected: Detected, inputs: Mapping[str, NDArray[Any]]
         else:
             results = {"latent": reference.vae_encoder(family.vae, detected.parts["vae"], given["x"])}
     return {name: tensor.numpy() for name, tensor in results.items()}
+
+
+def note_palettes(folder: Path, reports: Sequence[PartReport], threshold: float) -> dict[str, float]:
+    """Write into glassine.json what parts with palettes do, and return what each part has to reach, in dB.
+
+    A part with palettes loses what its weights lost, so it is held against that: their signal to noise, less 6 dB.
+    """
+    manifest = Manifest.read(folder)
+    needed, parts = {}, dict(manifest.parts)
+    for report in reports:
+        part = parts[report.role]
+        lost = part.about.get("palette")
+        needed[report.role] = threshold
+        if lost is not None and lost["snr_db"] is not None:
+            needed[report.role] = min(threshold, lost["snr_db"] - 6)
+            noted = {**part.about, "palette": {**lost, "output_psnr_db": round(report.psnr, 2)}}
+            parts[report.role] = replace(part, about=noted)
+    if parts != manifest.parts:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".verify") as fresh:  # the whole file, or what it was
+            replace(manifest, parts=parts).write(Path(fresh))
+            (Path(fresh) / FILE_NAME).replace(folder / FILE_NAME)
+    return needed

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import coremltools as ct
 import numpy as np
@@ -21,6 +22,7 @@ from glassine.convert.folder import ConvertOptions, convert_checkpoint
 from glassine.convert.package import write_package
 from glassine.convert.palettize import Form, Palette, encode, pack
 from glassine.convert.program import Encoded, Requests, lower
+from glassine.convert.verify import PartReport, note_palettes, verify_folder
 from glassine.convert.weights import Arrays
 from glassine.errors import ConversionError
 from glassine.manifest import Manifest
@@ -305,3 +307,19 @@ def test_the_small_network_answers_nearly_the_same(folders):
     plain, small = (engine.predict(**given)["noise_pred"].copy() for engine in engines)
     signal = 10 * np.log10(np.square(plain).sum() / np.square(plain - small).sum())
     assert 8 < signal < 40  # measured in the test run: 4 bits of random weights
+
+
+def test_verify_notes_what_palettes_do_to_the_output(folders, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "small"
+    shutil.copytree(folders / "small", folder)
+    lost = Manifest.read(folder).parts["unet"].about["palette"]["snr_db"]
+    for psnr in (30.0, 31.5):
+        needed = note_palettes(folder, [PartReport("unet", psnr, 0.1)], 60.0)
+        assert needed == {"unet": pytest.approx(lost - 6)}
+        assert Manifest.read(folder).parts["unet"].about["palette"]["output_psnr_db"] == psnr
+    assert note_palettes(folder, [PartReport("unet", 30.0, 0.1)], 3.0) == {"unet": 3.0}
+    before = (folders / "plain/glassine.json").read_bytes()
+    assert note_palettes(folders / "plain", [PartReport("unet", 90.0, 0.1)], 60.0) == {"unet": 60.0}
+    assert (folders / "plain/glassine.json").read_bytes() == before
+    (report,) = verify_folder(folder, tiny_checkpoint, parts=["unet"])
+    assert lost - 6 < report.psnr < 60
