@@ -120,7 +120,11 @@ def engine_of(asked: dict[str, Any]) -> EngineOptions:
     from glassine.runtime.engine import EngineOptions
 
     return EngineOptions(
-        engine=asked["engine"], compute_units=asked["units"], device=asked["device"], precision=asked["precision"]
+        engine=asked["engine"],
+        compute_units=asked["units"],
+        device=asked["device"],
+        precision=asked["precision"],
+        tell=say,
     )
 
 

@@ -189,6 +189,7 @@ class Pipeline:
         key = role if size is None else f"{role} {_spelled(size)}"
         if key not in self._engines:
             self._engines[key] = self._open(self._part(role, size))
+            self.notices = (*self.notices, *self._engines[key].realised.notices)
         return self._engines[key]
 
     def _open(self, part: Part) -> Engine:

@@ -133,7 +133,7 @@ class Run:
             latents=self._latents,
             evaluations=self._evaluations,
             seconds=dict(self._seconds),
-            notices=self.notices,
+            notices=tuple(dict.fromkeys((*self.notices, *self._pipe.notices))),  # the decoder's are new
             text=self._text_chunks(),
             icc_profile=self._inputs.icc_profile,
         )

@@ -29,10 +29,13 @@ class Chain:
             made |= set(stage.outputs)
         self.inputs: Mapping[str, TensorSpec] = inputs
         self.outputs: Mapping[str, TensorSpec] = self._stages[-1].outputs
-        first = self._stages[0].realised
-        seconds = sum(stage.realised.load_seconds for stage in self._stages)
+        realised = [stage.realised for stage in self._stages]
         self.realised = Realised(
-            engine=first.engine, device=first.device, precision=first.precision, load_seconds=seconds
+            engine=realised[0].engine,
+            device=" + ".join(dict.fromkeys(one.device for one in realised)),
+            precision=realised[0].precision,
+            load_seconds=sum(one.load_seconds for one in realised),
+            notices=tuple(notice for one in realised for notice in one.notices),
         )
 
     def predict(self, **arrays: NDArray[np.generic]) -> Arrays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -32,12 +32,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Realised:
-    """What really runs: the engine, the device or compute units it got, and the seconds that loading took."""
+    """What really runs: the engine, the device or compute units it got, and the seconds that loading took.
+
+    notices: what the user should know of it, such as compute units that failed and were passed over.
+    """
 
     engine: str
     device: str
     precision: str
     load_seconds: float
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +51,17 @@ class EngineOptions:
     engine: "coreml" (macOS), "portable" (PyTorch, anywhere) or "auto" = Core ML on a Mac, portable elsewhere.
     compute_units: for Core ML. device: for the portable engine ("cpu", "cuda", "mps").
     precision: for the portable engine; "fp16" rounds after every operation as the Neural Engine does.
+    load_timeout: seconds that Core ML may take to load a package on one choice of compute units, before the next is
+    tried. tell: is given what Core ML is doing, in words, when a package is loaded for the first time: it can take
+    minutes.
     """
 
     engine: EngineName = "auto"
     compute_units: ComputeUnits = "all"
     device: str = "cpu"
     precision: Precision = "fp32"
+    load_timeout: float = 900.0
+    tell: Callable[[str], None] | None = field(default=None, compare=False)
 
 
 class Engine(Protocol):
@@ -130,7 +139,7 @@ def open_engine(package: Path | str, options: EngineOptions | None = None, *, fu
     if name == "coreml":
         from glassine.runtime.engine.coreml import CoreMLEngine
 
-        return CoreMLEngine(package, compute_units=options.compute_units, function=function)
+        return CoreMLEngine(package, options, function=function)
     if compiled:
         raise EngineError(
             f"{package}: compiled for Core ML, which is macOS's; elsewhere take the model's .mlpackage, "

@@ -1,6 +1,6 @@
 """Runs a package, or a model compiled before, with Core ML: coremltools' own compile_model and CompiledMLModel.
 
-package -> compiled folder -> CompiledMLModel on the compute units asked for -> float32 arrays
+package -> compiled and tried in a child process (cache.py) -> CompiledMLModel on units that work -> float32 arrays
 """
 
 from __future__ import annotations
@@ -17,15 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError
-from glassine.runtime.engine.contract import COMPILED, ComputeUnits, Realised, TensorSpec, check_inputs
+from glassine.runtime.engine.cache import Wanted, prepare
+from glassine.runtime.engine.contract import ComputeUnits, EngineOptions, Realised, TensorSpec, check_inputs
 from glassine.runtime.engine.interface import read_interface
-
-_UNITS: dict[str, str] = {
-    "all": "ALL",
-    "cpu_and_ne": "CPU_AND_NE",
-    "cpu_and_gpu": "CPU_AND_GPU",
-    "cpu_only": "CPU_ONLY",
-}
+from glassine.runtime.engine.trial import UNITS
 
 
 class CoreMLEngine:
@@ -36,14 +31,15 @@ class CoreMLEngine:
     """
 
     def __init__(
-        self, package: Path | str, *, compute_units: ComputeUnits = "all", function: str | None = None
+        self, package: Path | str, options: EngineOptions | None = None, *, function: str | None = None
     ) -> None:
-        """Compile and load the package.
+        """Load the package on the compute units of `options`, or on the next ones if those fail: `realised` says so.
 
         Raises:
             PackageError: the package is damaged.
             EngineError: this is not a Mac, or Core ML refuses the package; the message holds its reason.
         """
+        options = options if options is not None else EngineOptions()
         started = time.perf_counter()
         self._package = Path(package)
         interface = read_interface(self._package, function)
@@ -51,21 +47,26 @@ class CoreMLEngine:
         self.outputs: Mapping[str, TensorSpec] = interface.outputs
         models = _coreml_models(self._package)
         self._scratch = Path(tempfile.mkdtemp(prefix="glassine_coreml_"))
+        wanted = Wanted(
+            package=self._package,
+            units=options.compute_units,
+            inputs=tuple(interface.inputs.values()),
+            function=function,
+            timeout=options.load_timeout,
+            tell=options.tell if options.tell is not None else lambda words: None,
+        )
         try:
-            units = models.model._ComputeUnit[_UNITS[compute_units]]
-            compiled = compiled_model(self._package, self._scratch)
-            self._model = models.CompiledMLModel(str(compiled), units, function)
-        except Exception as error:  # coremltools raises plain Exceptions and RuntimeErrors with Core ML's text
+            ready = prepare(wanted, self._scratch)
+            self._model = self._load(models, ready.model, ready.units, function)
+        except BaseException:
             self.close()
-            raise EngineError(
-                f"{self._package}: Core ML cannot load it on {compute_units} ({error}); "
-                "try other compute units, or --engine portable"
-            ) from error
+            raise
         self.realised = Realised(
             engine="coreml",
-            device=compute_units,
+            device=ready.units,
             precision="as converted",
             load_seconds=time.perf_counter() - started,
+            notices=ready.notices,
         )
 
     def predict(self, **arrays: NDArray[np.generic]) -> dict[str, NDArray[np.generic]]:
@@ -84,19 +85,19 @@ class CoreMLEngine:
             for name, spec in self.outputs.items()
         }
 
+    def _load(self, models: Any, compiled: Path, units: ComputeUnits, function: str | None) -> Any:
+        try:
+            return models.CompiledMLModel(str(compiled), models.model._ComputeUnit[UNITS[units]], function)
+        except Exception as error:  # coremltools raises plain Exceptions and RuntimeErrors with Core ML's text
+            raise EngineError(
+                f"{self._package}: Core ML cannot load it on {units} ({error}); "
+                "try other compute units, or --engine portable"
+            ) from error
+
     def close(self) -> None:
-        """Drop the model and what was compiled for it; the engine cannot be used afterwards."""
+        """Drop the model, and what was compiled for this run alone; the engine cannot be used afterwards."""
         self.__dict__.pop("_model", None)
         shutil.rmtree(self._scratch, ignore_errors=True)
-
-
-def compiled_model(package: Path, scratch: Path) -> Path:
-    """Return the .mlmodelc of a package. The seam of the compile cache: today it is compiled at every load."""
-    if package.suffix == COMPILED:
-        return package
-    from coremltools.models.utils import compile_model
-
-    return Path(compile_model(str(package), str(scratch / f"{package.stem}.mlmodelc")))
 
 
 def _coreml_models(package: Path) -> Any:

@@ -5,33 +5,42 @@
 
 After `install()`, coremltools believes it runs on macOS 15.5: MLModel, CompiledMLModel, compile_model, states and
 optimization hints work on Linux, and so does coremltools' own test suite. It is for tests; nothing else imports it.
-What Core ML says with an NSError is a RuntimeError here too, as coremltools expects.
+What Core ML says with an NSError is a RuntimeError here too, as coremltools expects. The child processes in which the
+Core ML engine tries packages run through the stand-in too, with the faults that `install` is told to show there.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from glassine.errors import GlassineError
+from glassine.runtime.engine import trial
 from glassine.runtime.engine.contract import Precision
+from glassine.runtime.engine.portable import plan
 from glassine.runtime.engine.portable.executor import Executable, to_array
 from glassine.runtime.engine.portable.numerics import Numerics, open_device
 from glassine.runtime.engine.portable.program import Feature, read_package
 
 MACOS_VERSION = (15, 5)
 _MODULE = "coremltools.libcoremlpython"
+
+Fault = Literal["killed", "hangs", "refused", "nan", "full"]
 
 
 class _MLModelStateProxy:
@@ -65,6 +74,7 @@ class _MLModelProxy:
 
     precision: Precision = "fp32"
     device = "cpu"
+    faults: Mapping[str, Fault] = {}
 
     def __init__(
         self,
@@ -78,6 +88,8 @@ class _MLModelProxy:
         started = time.perf_counter_ns()
         if asset is not None:
             raise RuntimeError("models in memory are not supported by the portable engine")
+        self._units = compute_unit
+        _suffer(self.faults.get(f"load {compute_unit}"))
         self._path = Path(path)
         try:
             program = read_package(self._path)
@@ -93,6 +105,8 @@ class _MLModelProxy:
     def predict(self, data: Mapping[str, Any], state: _MLModelStateProxy | None = None) -> dict[str, Any]:
         """Return one array (float32, int32) per output, or what a classifier returns; scalars have shape (1,)."""
         started = time.perf_counter_ns()
+        fault = self.faults.get(f"predict {self._units}")
+        _suffer(fault)
         arrays = {feature.name: self._input(feature, data) for feature in self._function.inputs}
         states = {feature.name: state.values[feature.name] for feature in self._function.states} if state else {}
         if self._function.states and not states:
@@ -102,7 +116,8 @@ class _MLModelProxy:
         except GlassineError as error:
             raise RuntimeError(f"Unable to compute the prediction using ML Program: {error}") from error
         self._predict_nanoseconds = time.perf_counter_ns() - started
-        return {feature.name: _output(results[feature.name]) for feature in self._function.outputs}
+        outputs = {feature.name: _output(results[feature.name]) for feature in self._function.outputs}
+        return {name: np.full_like(array, np.nan) for name, array in outputs.items()} if fault == "nan" else outputs
 
     def batchPredict(self, batch: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Predict one by one."""
@@ -131,6 +146,7 @@ class _MLModelProxy:
         """Return a new .mlmodelc folder: here a copy of the package, its weights hard-linked where possible."""
         if not (Path(path) / "Manifest.json").is_file():
             raise RuntimeError(f"{path}: only packages of ML Programs can be compiled here")
+        _suffer(_MLModelProxy.faults.get("compile"))
         folder = Path(tempfile.mkdtemp(prefix="portable_")) / (Path(path.rstrip("/")).stem + ".mlmodelc")
         shutil.copytree(path, folder, copy_function=_link_or_copy)
         return str(folder)
@@ -151,6 +167,8 @@ class _MLModelProxy:
         return []
 
     get_all_compute_devices = get_available_compute_devices
+    get_compute_plan = staticmethod(plan.compute_plan)
+    get_model_structure = staticmethod(plan.structure)
 
     def _input(self, feature: Feature, data: Mapping[str, Any]) -> NDArray[Any]:
         if feature.kind != "array":
@@ -161,6 +179,18 @@ class _MLModelProxy:
         if not feature.flexible and array.shape != feature.shape:
             raise RuntimeError(f"input {feature.name!r} has shape {array.shape}, the model expects {feature.shape}")
         return array.astype(np.int32 if feature.dtype.startswith("int") else np.float32)
+
+
+def _suffer(fault: Fault | None) -> None:
+    """Do what Core ML has been seen to do."""
+    if fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "hangs":
+        time.sleep(3600)
+    if fault == "refused":
+        raise RuntimeError("ANECCompile() FAILED (11)")
+    if fault == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _output(value: Any) -> Any:
@@ -175,20 +205,25 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def install(*, precision: Precision = "fp32", device: str = "cpu") -> None:
-    """Make coremltools use the portable engine and believe it runs on macOS."""
+def install(
+    *, precision: Precision = "fp32", device: str = "cpu", trial_faults: Mapping[str, Fault] | None = None
+) -> None:
+    """Make coremltools use the portable engine and believe it runs on macOS.
+
+    Args:
+        trial_faults: what goes wrong in child processes: "compile", "load CPU_AND_NE", "predict ALL" ... -> how.
+    """
     _MLModelProxy.precision = precision
     _MLModelProxy.device = device
+    said = json.dumps([precision, device, dict(trial_faults) if trial_faults is not None else {}])
+    trial.TRIAL = (sys.executable, "-m", "glassine.runtime.engine.portable.proxy", said)
     module = ModuleType(_MODULE)
     vars(module)["_MLModelProxy"] = _MLModelProxy
-    for name in (
-        "_MLModelAssetProxy",
-        "_MLComputePlanProxy",
-        "_MLCPUComputeDeviceProxy",
-        "_MLGPUComputeDeviceProxy",
-        "_MLNeuralEngineComputeDeviceProxy",
-    ):
-        vars(module)[name] = type(name, (), {})
+    vars(module)["_MLModelAssetProxy"] = type("_MLModelAssetProxy", (), {})
+    vars(module)["_MLComputePlanProxy"] = plan.PlanProxy
+    vars(module)["_MLCPUComputeDeviceProxy"] = plan.CPU
+    vars(module)["_MLGPUComputeDeviceProxy"] = plan.GPU
+    vars(module)["_MLNeuralEngineComputeDeviceProxy"] = plan.NeuralEngine
     sys.modules[_MODULE] = module
     import coremltools.models
 
@@ -208,3 +243,16 @@ def installed() -> bool:
     return isinstance(sys.modules.get(_MODULE), ModuleType) and (
         getattr(sys.modules[_MODULE], "_MLModelProxy", None) is _MLModelProxy
     )
+
+
+def _be_trial(said: str, job: str) -> None:
+    """Be a child process that tries a package: on the stand-in, with its faults."""
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    precision, device, faults = json.loads(said)
+    install(precision=precision, device=device)
+    _MLModelProxy.faults = faults
+    trial.main(job)
+
+
+if __name__ == "__main__":
+    _be_trial(*sys.argv[1:])
