@@ -14,8 +14,10 @@ import click
 from glassine.commands.further import check_places, further_of, further_of_file, further_options
 from glassine.commands.lora import extras_of, extras_options, previews_of, refuse_extras
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
+from glassine.commands.placement import placement_options, show_placement
 
 if TYPE_CHECKING:
+    from glassine.runtime.engine.contract import ComputeUnits
     from glassine.runtime.engine.portable.program import Function
     from glassine.runtime.engine.portable.summary import Summary
 
@@ -164,17 +166,20 @@ def decisions(decided: Mapping[str, str]) -> list[str]:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@placement_options
 @as_json
-def inspect(model: Path, as_json: bool) -> None:
+def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) -> None:
     """Show what is inside a model.
 
     MODEL is a model folder, whoever converted it, or one .mlpackage: inputs, outputs, operations, parameters, FLOPs,
     precision, size. Or it is what could be converted, a .safetensors file or a diffusers folder: what it is, and which
-    tensor says so.
+    tensor says so. With --placement: which operations run where, what they cost, and why some are not on the Neural
+    Engine; by Core ML's own plan on a Mac, else a prediction.
 
     \b
     Example:
       glassine inspect dreamshaper
+      glassine inspect dreamshaper --placement --units cpu_and_ne
       glassine inspect dreamshaper/Unet.mlpackage --json
       glassine inspect dreamshaper_8.safetensors
     """
@@ -183,10 +188,12 @@ def inspect(model: Path, as_json: bool) -> None:
     from glassine.runtime.foreign import is_model, read_model
 
     if model.is_file() or (model.suffix != ".mlpackage" and model.is_dir() and not is_model(model)):
+        if placement:
+            raise click.UsageError("--placement is about packages; convert the checkpoint first")
         _inspect_source(model, as_json)
         return
     if model.suffix == ".mlpackage":
-        packages, about = {model.stem: model}, {}
+        packages, about, functions = {model.stem: model}, {}, {}
     else:
         found = read_model(model)
         for notice in found.notices:
@@ -194,6 +201,10 @@ def inspect(model: Path, as_json: bool) -> None:
         packages = found.packages()
         about = dataclasses.asdict(found.manifest)
         about = {key: value for key, value in about.items() if key not in ("parts", "versions")}
+        functions = {role: part.about.get("function") for role, part in found.manifest.parts.items()}
+    if placement:
+        show_placement(packages, functions, units, as_json)
+        return
     programs = {role: read_package(package) for role, package in packages.items()}
     summaries = {role: summarise(program) for role, program in programs.items()}
     if as_json:

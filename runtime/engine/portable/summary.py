@@ -56,6 +56,14 @@ def summarise(program: Program, function: str | None = None) -> Summary:
     )
 
 
+def flops_of(entry: Function) -> dict[str, int]:
+    """Name of a result -> floating-point operations, of the operations that have any and known shapes."""
+    operations = list(entry.body.walk())
+    shapes = _shapes(entry, operations)
+    counted = {op.outputs[0].name: _flops(op, shapes) for op in operations if op.type in _FLOPS}
+    return {name: count for name, count in counted.items() if count is not None}
+
+
 def _shapes(entry: Function, operations: list[Operation]) -> dict[str, Shape | None]:
     variables = [*entry.body.inputs, *(variable for op in operations for variable in op.outputs)]
     shapes: dict[str, Shape | None] = {}
