@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 
@@ -38,6 +39,7 @@ PLANS: dict[ComputeUnits, tuple[ComputeUnits, ...]] = {  # what is asked for -> 
     "cpu_and_gpu": ("cpu_and_gpu", "cpu_only"),
     "cpu_only": ("cpu_only",),
 }
+State = Literal["ready", "damaged", "of another system", "of a package that is gone"]
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOLCK, errno.ENOTSUP)
 _SMALL = 1 << 20  # bytes below which a file is hashed every time
 
@@ -159,6 +161,15 @@ class Cache:
         with suppress(OSError):
             os.utime(folder / "entry.json")
         return ready
+
+    @staticmethod
+    def state(entry: Entry | None) -> State:
+        """What an entry is still good for: "ready", or why it will not be used any more."""
+        if entry is None:
+            return "damaged"
+        if entry.build != os_build():
+            return "of another system"
+        return "ready" if Path(entry.source).exists() else "of a package that is gone"
 
     def entries(self) -> dict[str, Entry | None]:
         """Return key -> entry of all that is there, the one used last first; None is unfinished or damaged."""

@@ -5,6 +5,7 @@ package -> compiled and tried in a child process (cache.py) -> CompiledMLModel o
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -17,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import EngineError
-from glassine.runtime.engine.cache import Wanted, prepare
+from glassine.runtime.engine.cache import Cache, Ready, Wanted, cache_root, prepare
 from glassine.runtime.engine.contract import ComputeUnits, EngineOptions, Realised, TensorSpec, check_inputs
-from glassine.runtime.engine.interface import read_interface
+from glassine.runtime.engine.interface import Interface, read_interface
 from glassine.runtime.engine.trial import UNITS
 
 
@@ -47,16 +48,8 @@ class CoreMLEngine:
         self.outputs: Mapping[str, TensorSpec] = interface.outputs
         models = _coreml_models(self._package)
         self._scratch = Path(tempfile.mkdtemp(prefix="glassine_coreml_"))
-        wanted = Wanted(
-            package=self._package,
-            units=options.compute_units,
-            inputs=tuple(interface.inputs.values()),
-            function=function,
-            timeout=options.load_timeout,
-            tell=options.tell if options.tell is not None else lambda words: None,
-        )
         try:
-            ready = prepare(wanted, self._scratch)
+            ready = prepare(_wanted(self._package, interface, options, function), self._scratch)
             self._model = self._load(models, ready.model, ready.units, function)
         except BaseException:
             self.close()
@@ -98,6 +91,37 @@ class CoreMLEngine:
         """Drop the model, and what was compiled for this run alone; the engine cannot be used afterwards."""
         self.__dict__.pop("_model", None)
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def warm(package: Path, options: EngineOptions, function: str | None = None, *, retry: bool = False) -> Ready:
+    """Compile a package and try it now, so that it loads quickly later.
+
+    Args:
+        retry: try units again that failed before.
+
+    Raises:
+        PackageError: the package is damaged.
+        EngineError: this is not a Mac, no compute unit runs the package, or the cache cannot be written.
+    """
+    _coreml_models(package)
+    wanted = _wanted(package, read_interface(package, function), options, function)
+    try:
+        return Cache(cache_root()).ready(dataclasses.replace(wanted, retry=retry))
+    except OSError as error:
+        raise EngineError(
+            f"the compile cache {cache_root()} cannot be written ({error}); set GLASSINE_CACHE to a folder of yours"
+        ) from error
+
+
+def _wanted(package: Path, interface: Interface, options: EngineOptions, function: str | None) -> Wanted:
+    return Wanted(
+        package=package,
+        units=options.compute_units,
+        inputs=tuple(interface.inputs.values()),
+        function=function,
+        timeout=options.load_timeout,
+        tell=options.tell if options.tell is not None else lambda words: None,
+    )
 
 
 def _coreml_models(package: Path) -> Any:

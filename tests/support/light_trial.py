@@ -3,6 +3,7 @@
     python light_trial.py '{"load CPU_AND_NE": "killed"}' JOB
 
 What runs is glassine.runtime.engine.trial as on a Mac; only coremltools is replaced, so that a test can start hundreds.
+In the folder LIGHT_TRIAL_LOG, if that is set, "pids" and "compilations" get a line each.
 """
 
 import enum
@@ -20,9 +21,13 @@ import numpy as np
 
 from glassine.runtime.engine import trial
 
-with (Path(json.loads(sys.argv[2])["package"]).parent / "pids").open("a", encoding="utf-8") as pids:
-    pids.write(f"{os.getpid()}\n")
 FAULTS = json.loads(sys.argv[1])
+
+
+def log(name: str) -> None:
+    if folder := os.environ.get("LIGHT_TRIAL_LOG"):
+        with (Path(folder) / name).open("a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
 
 
 def suffer(where: str) -> None:
@@ -63,8 +68,7 @@ def compile_model(package: str, destination: str) -> str:
         target = made / path.relative_to(package)
         target.mkdir() if path.is_dir() else shutil.copyfile(path, target)
         suffer("compile")
-    with (Path(package).parent / "compilations").open("a", encoding="utf-8") as count:
-        count.write("1\n")
+    log("compilations")
     return shutil.move(made, destination)
 
 
@@ -74,6 +78,7 @@ def module(name: str, **members: object) -> ModuleType:
     return made
 
 
+log("pids")
 model = module("coremltools.models.model", _ComputeUnit=ComputeUnit)
 utils = module("coremltools.models.utils", compile_model=compile_model)
 models = module("coremltools.models", model=model, utils=utils, CompiledMLModel=CompiledMLModel)

@@ -66,6 +66,11 @@ def write_package(path: Path, weights: bytes = b"w" * 100) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def _log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHT_TRIAL_LOG", str(tmp_path))
+
+
 @pytest.fixture
 def unet(tmp_path: Path) -> Path:
     return write_package(tmp_path / "Unet.mlpackage")
