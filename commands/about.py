@@ -39,6 +39,9 @@ def demo(model: Path | None, out: Path, as_json: bool, **asked: Any) -> None:
 def doctor(as_json: bool) -> None:
     """Say what is installed, what runs, what is missing.
 
+    Looks at the chip, the system, memory, disk, libraries, engines and compiled models, and names combinations that are
+    known not to work, with what to do. Exit code 1 if something is missing.
+
     \b
     Example:
       glassine doctor
