@@ -218,6 +218,7 @@ class Pipeline:
         key = str(path.resolve())
         if key not in self._engines:
             self._engines[key] = open_engine(path, self._options)
+            self.notices = (*self.notices, *self._engines[key].realised.notices)
         return self._engines[key]
 
     def _part(self, role: str, size: tuple[int, int] | None = None) -> Part:

@@ -133,10 +133,15 @@ class Run:
             latents=self._latents,
             evaluations=self._evaluations,
             seconds=dict(self._seconds),
-            notices=tuple(dict.fromkeys((*self.notices, *self._pipe.notices))),  # the decoder's are new
+            notices=self._all_notices(),
             text=self._text_chunks(),
             icc_profile=self._inputs.icc_profile,
         )
+
+    def _all_notices(self) -> tuple[str, ...]:
+        """What there is to say, with what engines said that were loaded since the run was prepared."""
+        pipes = [pipe for pipe in (self._pipe, self._pipe.refiner) if pipe is not None]
+        return tuple(dict.fromkeys((*self.notices, *(notice for pipe in pipes for notice in pipe.notices))))
 
     def _draw(self) -> Generator[Step, None, None]:
         """The loop, with the time it takes counted without the caller's own."""

@@ -247,7 +247,8 @@ class Cache:
     def _make_room(self, folder: Path, model: Path, wanted: Wanted) -> None:
         """Remove what this compilation replaces, and make sure that the disk has room for it.
 
-        Replaced are a damaged model, and what an earlier state of the same package, or another build of macOS, made.
+        Replaced are a damaged model, and what an earlier state of the same package, or another build of macOS, made;
+        where that is not enough, all that is of no use any more goes too.
         """
         if model.is_dir() and not (folder / "entry.json").is_file():
             return  # the process that compiled it was killed before it could say so
@@ -255,7 +256,12 @@ class Cache:
         for key, entry in self.entries().items():
             if entry is not None and entry.source == str(wanted.package.absolute()) and key != folder.name:
                 self.remove(key)
-        need, free = folder_size(wanted.package), shutil.disk_usage(folder).free
+        need = folder_size(wanted.package)
+        if shutil.disk_usage(folder).free < need:
+            for key, entry in self.entries().items():
+                if key != folder.name and self.state(entry) != "ready":
+                    self.remove(key)
+        free = shutil.disk_usage(folder).free
         if free < need:
             raise EngineError(
                 f"{wanted.package}: compiling needs {need / 1e9:.2f} GB in {self.root}, {free / 1e9:.2f} GB are free; "

@@ -14,6 +14,7 @@ from glassine.runtime import fan as fans
 from glassine.runtime import pipeline
 from glassine.runtime.control import Control
 from glassine.runtime.control_pictures import replayed_controls, with_controls
+from glassine.runtime.engine import Realised
 from glassine.runtime.inputs import MapSource, read_inputs
 from glassine.runtime.metadata import read_record
 from glassine.runtime.pipeline import Pipeline
@@ -26,6 +27,8 @@ SPECS = {name: (shape, "float32") for name, shape in RESIDUALS.items()}
 
 class Stub:
     """A package: cheap functions of its inputs, counted by role. Control shifts what the UNet predicts."""
+
+    realised = Realised(engine="stub", device="", precision="", load_seconds=0.0)
 
     def __init__(self, role, part, calls):
         self.role, self.part, self.calls = role, part, calls

@@ -14,6 +14,7 @@ from glassine.manifest import Manifest, Part
 from glassine.runtime import pipeline
 from glassine.runtime.compose import checkerboard, composite_rgba, opaque, over
 from glassine.runtime.control import Control, ReadyControl
+from glassine.runtime.engine import Realised
 from glassine.runtime.image import over_grey, save_png
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.layer_run import _not_behind, stop_step
@@ -66,6 +67,8 @@ def cells_of(picture: np.ndarray) -> np.ndarray:
 
 class Stub:
     """Answers as a package would, by cheap functions of its inputs, and remembers what it was asked."""
+
+    realised = Realised(engine="stub", device="", precision="", load_seconds=0.0)
 
     def __init__(self, role: str, calls: list, outputs: dict) -> None:
         self.role, self.calls, self.outputs = role, calls, outputs

@@ -9,6 +9,7 @@ from PIL import Image
 from glassine.errors import PackageError, RequestError
 from glassine.manifest import Manifest
 from glassine.runtime import pipeline
+from glassine.runtime.engine import Realised
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.noise import randn
 from glassine.runtime.pipeline import Pipeline
@@ -22,6 +23,9 @@ class Stub:
 
     def __init__(self, role, outputs, calls):
         self.role, self.outputs, self.calls = role, outputs, calls
+        self.realised = Realised(
+            engine="stub", device="", precision="", load_seconds=0.0, notices=(f"{role} was loaded",)
+        )
 
     def predict(self, **arrays):
         self.calls[self.role] += 1
@@ -227,3 +231,10 @@ def test_settings_out_of_range(pipe, settings, message):
 def test_settings_from_a_file_are_checked(raw, message):
     with pytest.raises(RequestError, match=message):
         Request.from_dict(raw)
+
+
+def test_what_engines_say_when_they_are_loaded_reaches_the_result(pipe, picture):
+    request = Request(prompt="a boat", steps=1, strength=1.0)
+    run = pipe.run(request, read_inputs(picture, MapSource(map="gradient:left-right"), *pipe.size))
+    assert run.notices == ("vae_encoder was loaded", "text_encoder was loaded")
+    assert run.finish().notices == (*run.notices, "unet was loaded", "vae_decoder was loaded")

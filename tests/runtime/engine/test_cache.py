@@ -241,6 +241,21 @@ def test_a_full_disk(ready, unet, tmp_path, monkeypatch):
         ready(other)
 
 
+def test_room_is_made_of_what_is_of_no_use(ready, unet, tmp_path, monkeypatch):
+    gone = write_package(tmp_path / "Gone.mlpackage", b"g" * 100)
+    useless, kept = ready(gone), ready(unet)
+    shutil.rmtree(gone)
+    other = write_package(tmp_path / "Vae.mlpackage", b"v" * 100)
+
+    def usage(_: Path):
+        return shutil._ntuple_diskusage(1000, 1000, 0 if useless.model.exists() else 1000)
+
+    monkeypatch.setattr(module.shutil, "disk_usage", usage)
+    assert whole(ready(other).model, other)
+    assert not useless.model.exists()
+    assert kept.model.exists()
+
+
 def test_a_cache_that_cannot_be_written(unet, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.touch()
