@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from glassine.models.tiny.train.captions import captions
-from glassine.models.tiny.train.drawings import MATERIALS, Drawings, render, sample
+from glassine.models.tiny.train.drawings import Drawings, render, sample
 from glassine.models.tiny.train.judge import truth
 from glassine.runtime.compose import flatten
 from glassine.runtime.inputs import MapSource, read_inputs
@@ -86,12 +86,15 @@ def test_prompts_give_alpha_of_the_shape_drawn(pipe, judge):
     assert figures["colour"] >= 0.8, figures  # 1.0
 
 
-@pytest.mark.parametrize("material", MATERIALS[1:])
-def test_glass_and_glow_are_partly_transparent(pipe, material):
-    result = pipe.run(pipe.request({"prompt": f"a big {material} blue circle", "seed": 3, **SETTINGS})).finish()
+@pytest.mark.parametrize(
+    ("words", "least", "most"),
+    [("", 0.0, 0.3), ("glass ", 0.9, 1.0), ("glowing ", 0.35, 0.7)],  # measured 0.11, 1.0, 0.46
+)
+def test_glass_and_glow_are_partly_transparent(pipe, words, least, most):
+    result = pipe.run(pipe.request({"prompt": f"a big {words}blue circle", "seed": 6, **SETTINGS})).finish()
     alpha = result.pixels[..., 3] / 255
-    partial = ((alpha > 0.1) & (alpha < 0.9)).mean()
-    assert partial > 0.1, partial  # measured 0.26, 0.27
+    partial = ((alpha > 0.1) & (alpha < 0.9)).sum() / (alpha > 0.1).sum()
+    assert least <= partial <= most, partial
     assert result.health.notices == ()
 
 
@@ -129,12 +132,12 @@ def test_a_map_changes_one_half_of_a_transparent_picture(pipe):
 @pytest.mark.slow
 def test_a_hundred_transparent_pictures(pipe, judge):
     encoded = recovered(pipe, 100, solid=0.5)
-    assert encoded["iou"] >= 0.88, encoded
-    assert encoded["mae"] <= 0.015, encoded
-    assert encoded["mae_half"] <= 0.15, encoded
+    assert encoded["iou"] >= 0.87, encoded  # measured 0.890
+    assert encoded["mae"] <= 0.015, encoded  # 0.007
+    assert encoded["mae_half"] <= 0.15, encoded  # 0.104
     figures = drawn(pipe, judge, 100)
-    assert figures["iou"] >= 0.85, figures
-    assert figures["mae"] <= 0.04, figures
-    assert figures["shape"] >= 0.95, figures
-    assert figures["colour"] >= 0.95, figures
-    assert figures["clear"] >= 0.9, figures
+    assert figures["iou"] >= 0.9, figures  # 0.951
+    assert figures["mae"] <= 0.04, figures  # 0.011
+    assert figures["shape"] >= 0.95, figures  # 1.00
+    assert figures["colour"] >= 0.95, figures  # 1.00
+    assert figures["clear"] >= 0.9, figures  # 0.93
