@@ -1,6 +1,7 @@
 """Fixtures that every folder of tests may use."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,11 @@ from types import ModuleType
 import pytest
 
 SUPPORT = Path(__file__).parent / "support"
+
+# One thread for each of pytest-xdist's workers, said before PyTorch is imported: threads that wait for a core that
+# another worker has make small networks many times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def load_support(name: str) -> ModuleType:
