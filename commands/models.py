@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glassine.commands.further import check_places, further_of, further_of_file, further_options
+from glassine.commands.locate import show_faults
 from glassine.commands.lora import extras_of, extras_options, previews_of, refuse_extras
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 from glassine.commands.placement import placement_options, show_placement
@@ -258,18 +259,26 @@ def describe(name: str, function: Function, summary: Summary) -> list[str]:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--part", multiple=True, help="Check this part alone; may be repeated.")
 @click.option("--threshold", type=float, default=60.0, show_default=True, help="PSNR in dB below which a part fails.")
+@click.option("--locate", is_flag=True, help="Find the first operation that goes wrong, in the portable engine.")
 @engine_options
 @as_json
-def verify(model: Path, source: Path, part: tuple[str, ...], threshold: float, as_json: bool, **asked: Any) -> None:
+def verify(
+    model: Path, source: Path, part: tuple[str, ...], threshold: float, locate: bool, as_json: bool, **asked: Any
+) -> None:
     """Compare a model with the weights it was made of.
 
     Every part of MODEL runs on an engine, and its SOURCE weights in PyTorch in fp32, on the same inputs. Parts with
-    palettes have to reach what their weights have kept; what they do reach is noted in glassine.json.
+    palettes have to reach what their weights have kept; what they do reach is noted in glassine.json. With --locate,
+    operation by operation: against a fresh conversion of SOURCE, and in fp16 against fp32 (docs/diagnose.md).
 
     \b
     Example:
       glassine verify dreamshaper dreamshaper_8.safetensors
+      glassine verify dreamshaper dreamshaper_8.safetensors --locate --part unet
     """
+    if locate:
+        show_faults(model, source, part, threshold, as_json)
+        return
     from glassine.convert.verify import note_palettes, verify_folder
 
     with bar("verifying") as advance:

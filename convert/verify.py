@@ -26,6 +26,7 @@ from glassine.errors import ConversionError, MissingDependency, PackageError
 from glassine.manifest import FILE_NAME, Manifest, Part
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.compose import Chain
+from glassine.runtime.engine.interface import Interface
 
 Arrays = dict[str, NDArray[Any]]
 Report = Callable[[int, int, str], None]
@@ -108,7 +109,7 @@ def _checkpoint(manifest: Manifest, source: Path) -> dict[str, _Made]:
     """The parts that a checkpoint made."""
     detected = detect(open_checkpoint(source), family=manifest.family)
     return {
-        name: _Made(partial(_inputs, part.role, detected), partial(_reference, part.role, detected))
+        name: _Made(partial(inputs_of, part.role, detected), partial(_reference, part.role, detected))
         for name, part in manifest.parts.items()
         if part.role in JUDGED
     }
@@ -181,8 +182,8 @@ def _psnr(actual: NDArray[Any], expected: NDArray[Any]) -> float:
         return float(20 * np.log10(np.abs(expected).max() / error))
 
 
-def _inputs(role: str, detected: Detected, engine: Engine) -> Arrays:
-    """Inputs as generation makes them, exact in fp16, so that both sides read the same numbers."""
+def inputs_of(role: str, detected: Detected, engine: Engine | Interface) -> Arrays:
+    """Return inputs as generation makes them, exact in fp16, so that both sides read the same numbers."""
     rng = np.random.default_rng(0)
     if role in TEXT_ROLES:
         config = detected.family.text_encoder(role)
@@ -199,7 +200,7 @@ def _inputs(role: str, detected: Detected, engine: Engine) -> Arrays:
     return {"x": _normal(rng, engine, "x", 0.5).clip(-1, 1)}
 
 
-def _unet_inputs(engine: Engine) -> Arrays:
+def _unet_inputs(engine: Engine | Interface) -> Arrays:
     """What a UNet reads, and what the networks that steer it read."""
     rng = np.random.default_rng(0)
     pictures = {"controlnet_cond", "pixel", "argb"}
@@ -219,7 +220,7 @@ def _unet_inputs(engine: Engine) -> Arrays:
     return given
 
 
-def _normal(rng: np.random.Generator, engine: Engine, name: str, scale: float = 1.0) -> NDArray[Any]:
+def _normal(rng: np.random.Generator, engine: Engine | Interface, name: str, scale: float = 1.0) -> NDArray[Any]:
     return (scale * rng.standard_normal(engine.inputs[name].shape)).astype(np.float16).astype(np.float32)
 
 

@@ -135,7 +135,7 @@ def test_without_torch_it_says_what_to_install(tiny_folder, tiny_checkpoint, mon
             pass
 
     monkeypatch.setattr(verify, "open_engine", lambda *_: Never())
-    monkeypatch.setattr(verify, "_inputs", lambda *_: {})
+    monkeypatch.setattr(verify, "inputs_of", lambda *_: {})
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependency, match=r"pip install 'glassine\[portable\]'"):
         verify_folder(tiny_folder, tiny_checkpoint, parts=["vae_decoder"])

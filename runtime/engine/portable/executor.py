@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,8 +78,8 @@ class Argument:
 class Executable:
     """One compiled function: tensors in by name, values out by name."""
 
-    def __init__(self, program: Program, function: Function, numerics: Numerics) -> None:
-        """Compile.
+    def __init__(self, program: Program, function: Function, numerics: Numerics, *, fused: bool = True) -> None:
+        """Compile; with `fused`, float32 programs run rewritten (`fusion.py`).
 
         Raises:
             EngineError: an operation the engine does not have, or a constant of a wrong form.
@@ -88,24 +88,47 @@ class Executable:
         self.numerics = numerics
         require_kernels(program, function)
         compiler = _Compiler(program, function, numerics)
-        self._plan = compiler.compile(function.body if numerics.rounds else fuse(function.body))
+        body = fuse(function.body) if fused and not numerics.rounds else function.body
+        self._plan = compiler.compile(body)
+        self._results = tuple(
+            (operation, tuple(compiler.slots[variable.name] for variable in operation.outputs))
+            for operation in body.operations
+            if operation.type != "const" and not operation.type.startswith("constexpr_")
+        )
         self._initial = compiler.initial
         self._names = tuple(variable.name for variable in function.body.inputs)
         self._types = {variable.name: variable.type for variable in function.body.inputs}
 
     def __call__(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run on `feeds`: one tensor (or state) per input of the function's body."""
+        environment = self._fed(feeds)
+        with torch.inference_mode(), self.numerics.exact():
+            self._plan.run(environment)
+        return {
+            name: environment[slot] for name, slot in zip(self.function.body.outputs, self._plan.outputs, strict=True)
+        }
+
+    def trace(self, feeds: Mapping[str, Any]) -> Iterator[tuple[Operation, tuple[Any, ...]]]:
+        """Run like a call, and yield every operation with its results (None where nothing reads one).
+
+        Raises:
+            EngineError: as a call does; it was the operation after the last one yielded.
+        """
+        environment = self._fed(feeds)
+        for step, (operation, slots) in zip(self._plan.steps, self._results, strict=True):
+            with torch.inference_mode(), self.numerics.exact():
+                step(environment)
+            yield operation, tuple(environment[slot] for slot in slots)
+
+    def _fed(self, feeds: Mapping[str, Any]) -> Environment:
+        """The slots at the start."""
         environment = list(self._initial)
         for slot, name in zip(self._plan.inputs, self._names, strict=True):
             value = feeds[name]
             if self.numerics.rounds and isinstance(value, Tensor) and self._types[name].dtype == "float16":
                 value = self.numerics.round(value, operation=f"input {name!r}")
             environment[slot] = value
-        with torch.inference_mode(), self.numerics.exact():
-            self._plan.run(environment)
-        return {
-            name: environment[slot] for name, slot in zip(self.function.body.outputs, self._plan.outputs, strict=True)
-        }
+        return environment
 
     def feed(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, Any]:
         """Return `arrays` as tensors of the dtypes the function declares, on its device."""
