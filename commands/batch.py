@@ -10,7 +10,17 @@ import click
 
 from glassine.commands.draw import watch
 from glassine.commands.lora import lora_dir, with_prompt_loras
-from glassine.commands.options import FILE, FOLDER, as_json, engine_of, engine_options, give, overwrite, say
+from glassine.commands.options import (
+    FILE,
+    FOLDER,
+    as_json,
+    engine_of,
+    engine_options,
+    give,
+    low_memory,
+    overwrite,
+    say,
+)
 
 if TYPE_CHECKING:
     from glassine.runtime.batch import Outcome
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 @lora_dir
 @overwrite
 @engine_options
+@low_memory
 @as_json
 def batch(jobs: Path, out: Path, model: Path | None, as_json: bool, **asked: Any) -> None:
     """Draw a file of jobs, and go on where it was stopped.

@@ -20,12 +20,14 @@ from glassine.commands.options import (
     engine_options,
     family_options,
     give,
+    low_memory,
     map_options,
     model_size,
     overwrite,
     read_size,
     sampling_options,
     say,
+    say_memory,
     settings_of,
     transparency_options,
 )
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 @click.option("--preview", type=FILE, help="Write a rough preview to this PNG after every step.")
 @overwrite
 @engine_options
+@low_memory
 @as_json
 def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_json: bool, **asked: Any) -> None:
     """Draw a picture from a PROMPT with MODEL.
@@ -98,6 +101,7 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
             save_views(path, result, asked)
             report = {"path": str(path), "seed": request.seed, "evaluations": result.evaluations}
             give({**report, "seconds": result.seconds, "notices": result.notices}, str(path), as_json)
+        say_memory(pipe, asked)
 
 
 class Drawing(NamedTuple):
@@ -227,6 +231,7 @@ def show_map(out: Path, as_json: bool, **asked: Any) -> None:
 @click.option("--out", "-o", type=FILE, default=Path("fan.png"), show_default=True, help="The picture to write.")
 @overwrite
 @engine_options
+@low_memory
 @as_json
 def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: bool, **asked: Any) -> None:
     """Draw a picture in columns of rising strength.
@@ -258,6 +263,7 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
         else:
             pixels = watch(fans.approximate_fan(pipe, request, inputs, strips)).pixels
             words = "approximate: one run, the columns see each other"
+        say_memory(pipe, asked)
     save_png(out, fans.label(pixels, strips, words), overwrite=asked["overwrite"])
     strengths = [column.strength for column in strips]
     give({"path": str(out), "seed": request.seed, "strengths": strengths, "exact": exact}, str(out), as_json)

@@ -17,12 +17,14 @@ from glassine.commands.options import (
     engine_of,
     engine_options,
     give,
+    low_memory,
     model_size,
     options,
     overwrite,
     read_size,
     sampling_options,
     say,
+    say_memory,
     settings_of,
 )
 
@@ -43,6 +45,7 @@ layer_options = options(
     click.option("--out", "-o", type=FOLDER, default=Path("layers"), show_default=True, help="The folder to write."),
     overwrite,
     engine_options,
+    low_memory,
     as_json,
 )  # fmt: skip
 
@@ -201,6 +204,7 @@ def _draw(model: Path, prompt: str, task: Task, files: dict[str, Path | None], a
             if path is not None
         }
         stack = draw_layers(pipe, request, task, given, draw=watch)
+        say_memory(pipe, asked)
         _finish(stack, asked, {"seed": request.seed, "evaluations": sum(r.evaluations for r in stack.results)})
 
 
@@ -224,6 +228,7 @@ def _read_alpha(model: Path, image: Path, asked: dict[str, Any]) -> None:
         request = pipe.request(settings_of(asked))
         picture = fit_picture(read_picture(image), *pipe.size, request.fit)
         rgba, health = alpha_of_grey(pipe, picture.pixels, 1 if request.passes == 1 else 8)
+        say_memory(pipe, asked)
     for notice in (*picture.notices, *health.notices):
         say(f"note: {notice}")
     _finish(Stack(layers={"fg": rgba}, blend=None, results=()), asked, {})

@@ -12,6 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from glassine.runtime.engine import EngineOptions
+    from glassine.runtime.pipeline import Pipeline
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +56,11 @@ engine_options = options(
     click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
                  help="Of the portable engine; fp16 rounds after every operation, as the Neural Engine does."),
 )  # fmt: skip
+low_memory = click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Keep only the parts loaded that one stage of a picture needs; each is loaded anew for every picture.",
+)
 map_options = options(
     click.option("--map", "change_map", metavar="FILE|WORDS",
                  help="Change map: a grey picture, or words such as gradient:left-right, box:10%,10%,50%,60%."),
@@ -124,8 +130,16 @@ def engine_of(asked: dict[str, Any]) -> EngineOptions:
         compute_units=asked["units"],
         device=asked["device"],
         precision=asked["precision"],
+        low_memory=asked.get("low_memory", False),
         tell=say,
     )
+
+
+def say_memory(pipe: Pipeline, asked: dict[str, Any]) -> None:
+    """Say what --low-memory came to."""
+    if asked["low_memory"]:
+        peak, used = pipe.residents.peak / 1e6, pipe.residents.used / 1e6
+        say(f"weights in memory: at most {peak:.1f} MB at a time, {used:.1f} MB without --low-memory")
 
 
 def settings_of(asked: dict[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from glassine.runtime.latents import encode_image
 from glassine.runtime.layer_run import LayerRun
 from glassine.runtime.prompt import NetworkTag, without_tags
 from glassine.runtime.request import DEFAULT_STRENGTH, Request
+from glassine.runtime.residency import Residents, Stage, stage_of
 from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
 from glassine.runtime.tokenizer import Tokenizer
@@ -71,7 +72,8 @@ class Pipeline:
         self.notices: tuple[str, ...] = ()
         self._vocabulary = vocabulary
         self._options = options
-        self._engines: dict[str, Engine] = {}
+        self.residents = Residents(one_stage=options.low_memory)
+        self._refines = False
         self._tokenizer: Tokenizer | None = None
         self._preview_matrix: Float | None = None
         self._prompts: OrderedDict[object, EncodedPrompt] = OrderedDict()
@@ -115,6 +117,8 @@ class Pipeline:
             _check_refiner(pipe, pipe.refiner)
         elif found.refiner is not None:
             pipe.refiner = cls(found.folder, found.refiner, options, size, vocabulary=found.vocabulary)
+        if pipe.refiner is not None:
+            pipe.refiner.residents, pipe.refiner._refines = pipe.residents, True
         return pipe
 
     def __call__(
@@ -187,24 +191,34 @@ class Pipeline:
             EngineError: its package cannot be loaded.
         """
         key = role if size is None else f"{role} {_spelled(size)}"
-        if key not in self._engines:
-            self._engines[key] = self._open(self._part(role, size))
-            self.notices = (*self.notices, *self._engines[key].realised.notices)
-        return self._engines[key]
+        part = self._part(role, size)
+        files = part.about.get("chunks", (part.file,))
+        if any(Path(file).name != file for file in files):  # a manifest is untrusted
+            raise PackageError(f"{self.folder}: {files!r} are not plain file names; convert the model again")
+        packages = tuple(self.folder / file for file in files)
+        return self._resident(key, stage_of(role), packages, lambda: self._open(part, packages))
 
-    def _open(self, part: Part) -> Engine:
+    def _resident(self, key: str, stage: Stage, packages: tuple[Path, ...], load: Callable[[], Engine]) -> Engine:
+        """Return an engine that is loaded now, and keep what it said when it was."""
+
+        def listen() -> Engine:
+            engine = load()
+            self.notices = tuple(dict.fromkeys((*self.notices, *engine.realised.notices)))
+            return engine
+
+        if self._refines:
+            key, stage = f"refiner {key}", "refine" if stage == "denoise" else stage
+        return self.residents.get(key, stage, packages, listen)
+
+    def _open(self, part: Part, packages: tuple[Path, ...]) -> Engine:
         """Open the package of a part, or the chunks it is cut into, under Glassine's names."""
-        stages = []
-        for file in part.about.get("chunks", (part.file,)):
-            if Path(file).name != file:  # a manifest is untrusted
-                raise PackageError(f"{self.folder}: {file!r} is not a plain file name; convert the model again")
-            function = part.about.get("function")
-            path = self.folder / file
-            stages.append(
-                open_engine(path, self._options)
-                if function is None
-                else open_engine(path, self._options, function=function)
-            )
+        function = part.about.get("function")
+        stages = [
+            open_engine(path, self._options)
+            if function is None
+            else open_engine(path, self._options, function=function)
+            for path in packages
+        ]
         engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
         names = part.about.get("names")
         return engine if names is None else Renamed(engine, **names)
@@ -215,11 +229,7 @@ class Pipeline:
         Raises:
             PackageError, EngineError: it is missing, damaged, or cannot be loaded.
         """
-        key = str(path.resolve())
-        if key not in self._engines:
-            self._engines[key] = open_engine(path, self._options)
-            self.notices = (*self.notices, *self._engines[key].realised.notices)
-        return self._engines[key]
+        return self._resident(str(path.resolve()), "denoise", (path,), lambda: open_engine(path, self._options))
 
     def _part(self, role: str, size: tuple[int, int] | None = None) -> Part:
         part = self.manifest.part(role, self.size if size is None else size)
@@ -310,11 +320,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Unload every part."""
-        for engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
-        if self.refiner is not None:
-            self.refiner.close()
+        self.residents.close()  # the refiner's too
 
     def __enter__(self) -> Pipeline:
         return self

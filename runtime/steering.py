@@ -92,7 +92,7 @@ def _net(pipe: Pipeline, name: str) -> Net:
             name=path.stem,
             inputs={spec.name: spec.shape for spec in engine.inputs.values()},
             outputs={spec.name: spec.shape for spec in engine.outputs.values()},
-            predict=engine.predict,
+            predict=lambda **arrays: pipe.package(path).predict(**arrays),  # it may have been closed since
             about=_about(path),
         )
     parts = pipe.manifest.parts

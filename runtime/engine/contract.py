@@ -53,7 +53,7 @@ class EngineOptions:
     precision: for the portable engine; "fp16" rounds after every operation as the Neural Engine does.
     load_timeout: seconds that Core ML may take to load a package on one choice of compute units, before the next is
     tried. tell: is given what Core ML is doing, in words, when a package is loaded for the first time: it can take
-    minutes.
+    minutes. low_memory: a pipeline keeps only the parts loaded that one stage of a picture needs.
     """
 
     engine: EngineName = "auto"
@@ -61,6 +61,7 @@ class EngineOptions:
     device: str = "cpu"
     precision: Precision = "fp32"
     load_timeout: float = 900.0
+    low_memory: bool = False
     tell: Callable[[str], None] | None = field(default=None, compare=False)
 
 

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from glassine.manifest import WEIGHT_FILE
+
 FAST = ("--steps", 2, "--sampler", "euler")
 
 
@@ -40,6 +42,16 @@ def test_json_holds_path_seed_evaluations_and_notices(glassine, tiny_folder):
     report = json.loads(result.stdout)
     assert (report["path"], report["seed"], report["evaluations"]) == ("cat.png", 1, 2)
     assert any(notice.startswith("cut:") for notice in report["notices"])
+
+
+def test_low_memory_says_what_it_saves(glassine, tiny_folder, tmp_path):
+    result = glassine("generate", tiny_folder, "a cat", *FAST, "--seed", 1, "-o", "low.png", "--low-memory")
+    sizes = [(tiny_folder / f"{name}.mlpackage" / WEIGHT_FILE).stat().st_size / 1e6
+             for name in ("TextEncoder", "Unet", "VAEDecoder")]  # fmt: skip
+    words = f"at most {max(sizes):.1f} MB at a time, {sum(sizes):.1f} MB without --low-memory"
+    assert f"weights in memory: {words}" in result.stderr
+    assert "weights" not in glassine("generate", tiny_folder, "a cat", *FAST, "--seed", 1, "-o", "cat.png").stderr
+    assert np.array_equal(pixels(tmp_path / "low.png"), pixels(tmp_path / "cat.png"))
 
 
 def test_protected_pixels_come_back_byte_for_byte(glassine, tiny_folder, photo, tmp_path):
