@@ -134,7 +134,7 @@ def test_without_torch_it_says_what_to_install(tiny_folder, tiny_checkpoint, mon
         def close(self):
             pass
 
-    monkeypatch.setattr(verify, "open_engine", lambda *_: Never())
+    monkeypatch.setattr(verify, "open_engine", lambda *_, **__: Never())
     monkeypatch.setattr(verify, "inputs_of", lambda *_: {})
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependency, match=r"pip install 'glassine\[portable\]'"):

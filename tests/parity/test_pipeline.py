@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
-from glassine.runtime import pipeline
+from glassine.runtime import run
 from glassine.runtime.denoiser import Denoiser
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.noise import randn
@@ -101,7 +101,7 @@ def rounds(monkeypatch):
 
     def rounding(case):
         if case == "dpmpp_2m_karras":
-            monkeypatch.setattr(pipeline, "Denoiser", functools.partial(Denoiser, whole_timesteps=True))
+            monkeypatch.setattr(run, "Denoiser", functools.partial(Denoiser, whole_timesteps=True))
 
     return rounding
 
