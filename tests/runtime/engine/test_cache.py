@@ -13,13 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import coremltools as ct
 import numpy as np
 import pytest
 from coremltools.converters.mil import Builder as mb
 
 from glassine.errors import EngineError
+from glassine.runtime.engine import EngineOptions, open_engine, trial
 from glassine.runtime.engine import cache as module
-from glassine.runtime.engine import trial
 from glassine.runtime.engine.cache import Cache, Entry, Ready, Wanted, prepare
 from glassine.runtime.engine.contract import TensorSpec
 
@@ -339,3 +340,24 @@ def test_the_core_ml_engine_falls_back_through_the_stand_in(python, package):
     path = package(lambda x: mb.linear(x=x, weight=np.ones((1, 2), np.float32), bias=np.ones(1, np.float32)),
                    x=np.ones((1, 2), np.float32))  # fmt: skip
     assert python(FALLBACK, path).endswith("done\n")
+
+
+@pytest.mark.coreml
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
+@pytest.mark.parametrize("units", ["cpu_only", "cpu_and_gpu", "cpu_and_ne"])
+def test_core_ml_itself_compiles_once_into_the_cache(package, tmp_path, monkeypatch, no_child, units):
+    monkeypatch.setenv("GLASSINE_CACHE", str(tmp_path / "cache"))
+    x = np.ones((1, 2), np.float32)
+    path = package(lambda x: mb.linear(x=x, weight=np.ones((1, 2), np.float32)), opset=ct.target.iOS16, x=x)
+    options = EngineOptions(engine="coreml", compute_units=units)
+    engine = open_engine(path, options)
+    assert engine.predict(x=x)["out0"].tolist() == [[2.0]]
+    (entry,) = Cache(tmp_path / "cache").entries().values()
+    assert entry is not None
+    assert entry.build == module.os_build()
+    assert entry.trials[engine.realised.device].passed
+    engine.close()
+    no_child()
+    again = open_engine(path, options)
+    assert again.realised.device == engine.realised.device
+    assert again.predict(x=x)["out0"].tolist() == [[2.0]]
