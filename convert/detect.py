@@ -31,13 +31,14 @@ from glassine.models.config import FAMILIES, SD2_BASE, SD15, SD21, SDXL, SDXL_RE
 FamilyName = Literal["sd15", "sd2", "sdxl", "sdxl_refiner"]
 
 # Files that are no checkpoint, and checkpoints of other families: the first key that matches tells.
+EMBEDDING_ADVICE = "convert its checkpoint with --embedding FILE"
 _OTHER_FILES = tuple(
     (re.compile(pattern), what, advice)
     for pattern, what, advice in (
         (
             r"lora_(unet|te\d?)_|.*\.lora_(down|up|A|B)\b|.*\.(hada_w|lokr_w)\d",
             "a LoRA",
-            "a LoRA changes a checkpoint and is none itself",
+            "put it into a model: glassine lora MODEL add FILE, or convert its checkpoint with --lora FILE",
         ),
         (
             r"control_model\.|input_hint_block\.0\.|controlnet_cond_embedding\.|zero_convs\.",
@@ -47,7 +48,7 @@ _OTHER_FILES = tuple(
         (r"lora_controlnet$", "a Control-LoRA", CONTROL_ADVICE),
         (r"(ip_adapter|image_proj)\.", "an IP-Adapter", ""),
         (r"adapter\.body\.|body\.\d+\.(in_conv|block1)\.", "a T2I-Adapter", CONTROL_ADVICE),
-        (r"emb_params$|string_to_param|clip_[gl]$", "a textual-inversion embedding", ""),
+        (r"emb_params$|string_to_param|clip_[gl]$", "a textual-inversion embedding", EMBEDDING_ADVICE),
         (r".*motion_modules\.", "an AnimateDiff motion module", ""),
         (r"conv_first\.weight$|model\.1\.sub\.", "an image upscaler", ""),
         (r".*joint_blocks\.", "Stable Diffusion 3", ""),
@@ -171,7 +172,9 @@ def _refuse_other_files(checkpoint: Checkpoint, keys: Collection[str]) -> None:
     if len(keys) == 1:
         key = next(iter(keys))
         if len(checkpoint.tensors[key].shape) <= 2:
-            raise CheckpointError(f'{checkpoint.path}: this is a single vector ("{key}"), an embedding; {SUPPORTED}')
+            raise CheckpointError(
+                f'{checkpoint.path}: this is a single vector ("{key}"), an embedding; {EMBEDDING_ADVICE}'
+            )
 
 
 def _refuse_leftovers(checkpoint: Checkpoint, names: Names) -> None:
