@@ -4,7 +4,6 @@ Core ML's compilers can hang for hours or end the process that called them, some
 (coremltools issues 2367, 2247 and 2758). All of that happens to a child first; what it says while it works:
 
 parent  TRIAL + job as JSON -> child    {"stage": "load"} ... {"not_finite": []} or {"error": "..."}, one per line
-        holds its stdin             ->  ends when that ends, so that no child outlives its parent
 """
 
 from __future__ import annotations
@@ -15,18 +14,15 @@ import json
 import logging
 import math
 import os
-import queue
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from glassine.runtime.engine.child import answering, child
 from glassine.runtime.engine.contract import TensorSpec
 
 Stage = Literal["start", "compile", "load", "predict"]
@@ -39,7 +35,6 @@ TRIAL: tuple[str, ...] = (
 UNITS = {"all": "ALL", "cpu_and_ne": "CPU_AND_NE", "cpu_and_gpu": "CPU_AND_GPU", "cpu_only": "CPU_ONLY"}
 _DOING = {"start": "starting", "compile": "compiling", "load": "loading", "predict": "predicting once"}
 _HEARTBEAT = 15.0  # seconds of silence after which a person is told that it still works
-_TAIL = 600  # characters of what a child that ended said on stderr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,22 +76,20 @@ def attempt(job: Job, tell: Callable[[str], None]) -> Trial:
     """
     started = time.perf_counter()
     stage: Stage = "start"
-    with _child(job) as (process, lines, said):
+    with child([*TRIAL, json.dumps(dataclasses.asdict(job), default=str)], job.workshop) as watched:
         while True:
             left = job.timeout - (time.perf_counter() - started)
             try:
-                line = lines.get(timeout=max(0.0, min(_HEARTBEAT, left)))
-            except queue.Empty:
+                answer = watched.answer(min(_HEARTBEAT, left))
+            except TimeoutError:
                 seconds = time.perf_counter() - started
                 if seconds >= job.timeout:
                     return Trial(stage=stage, ending="hung", reason=f"no answer in {job.timeout:g} s", seconds=seconds)
                 tell(f"{job.package.name}: still {_DOING[stage]} on {job.units.lower()} ({seconds:.0f} s)")
                 continue
             seconds = time.perf_counter() - started
-            if line is None:
-                reason = f"{_ended(process)}{_tail(said)}"
-                return Trial(stage=stage, ending="crashed", reason=reason, seconds=seconds)
-            answer = json.loads(line)
+            if answer is None:
+                return Trial(stage=stage, ending="crashed", reason=watched.ending(), seconds=seconds)
             if "stage" in answer:
                 stage = answer["stage"]
                 tell(f"{job.package.name}: {_DOING[stage]} on {job.units.lower()}")
@@ -116,84 +109,19 @@ def _result(answer: dict[str, Any], stage: Stage, seconds: float) -> Trial:
     return Trial(stage=stage, ending="passed", reason="", seconds=seconds)
 
 
-@contextmanager
-def _child(job: Job) -> Iterator[tuple[subprocess.Popen[str], queue.Queue[str | None], Path]]:
-    """Start the child; at the end it is killed, if it still lives."""
-    said = job.workshop / "stderr.txt"
-    with said.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(
-            [*TRIAL, json.dumps(dataclasses.asdict(job), default=str)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            cwd=job.workshop,
-            env={**os.environ, "TMPDIR": str(job.workshop)},  # what a killed compiler leaves is swept with it
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-            text=True,
-        )
-    lines: queue.Queue[str | None] = queue.Queue()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)
-    reader.start()
-    try:
-        yield process, lines, said
-    finally:
-        process.kill()
-        with suppress(subprocess.TimeoutExpired):  # a process inside a driver may not die at once
-            process.wait(10)
-            reader.join(10)
-            process.stdout.close()
-        process.stdin.close()
-
-
-def _read(stream: IO[str], lines: queue.Queue[str | None]) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
-
-
-def _ended(process: subprocess.Popen[str]) -> str:
-    try:
-        code = process.wait(10)
-    except subprocess.TimeoutExpired:
-        return "it closed its output and did not end"
-    if code >= 0:
-        return f"it ended with exit code {code}"
-    known = -code in {s.value for s in signal.Signals}
-    return f"it was ended by {signal.Signals(-code).name if known else f'signal {-code}'}"
-
-
-def _tail(said: Path) -> str:
-    text = said.read_text(encoding="utf-8", errors="replace").strip()
-    return f"; it said: {text[-_TAIL:]}" if text else ""
-
-
 def main(argument: str) -> None:
     """Be the child: do the job that `argument` describes, and say how it goes on what was stdout."""
-    channel = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # Core ML prints
+    say, _ = answering()
     logging.getLogger("coremltools").setLevel(logging.ERROR)  # or its warnings would be taken for the reason
     job = json.loads(argument)
     # A call into Core ML may hold the interpreter; a signal without a handler ends the process all the same.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(math.ceil(job["timeout"]) + 30)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def say(**words: Any) -> None:
-        channel.write(json.dumps(words) + "\n")
-
     try:
         say(not_finite=_work(job, lambda stage: say(stage=stage)))
     except Exception as error:  # whatever it is, it is the parent's to judge
         say(error=str(error), errno=getattr(error, "errno", None))
     os._exit(0)  # without Core ML's own clean-up: it has been seen to crash
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 def _work(job: dict[str, Any], enter: Callable[[Stage], None]) -> list[str]:
