@@ -17,21 +17,25 @@ import click
 from glassine.commands.options import bar, give
 
 if TYPE_CHECKING:
+    from glassine.convert.network import ConvertOptions
     from glassine.manifest import Manifest, Part
     from glassine.runtime.engine.portable.locate import Fault
 
 ROUNDING = 30.0  # dB against float32: below, float16's rounding is more than what a sound network shows
 
 
-def show_faults(model: Path, source: Path, parts: Sequence[str], threshold: float, as_json: bool) -> None:
+def show_faults(model: Path, source: Path, parts: Sequence[str], threshold: float, as_json: bool, **asked: Any) -> None:
     """Print the first fault of every part in both comparisons; exit code 1 if there is any.
+
+    Args:
+        asked: `given` and `allow_pickle`, as `verify_folder` has them.
 
     Raises:
         PackageError: no such part, or the model cannot be compared with this source.
     """
     found: dict[str, dict[str, Fault | None]] = {}
     with bar("locating") as advance:
-        for role, how, fault in _faults(model, source, parts, threshold, advance):
+        for role, how, fault in _faults(model, source, parts, threshold, advance, **asked):
             found.setdefault(role, {})[how] = fault
     lines = [f"{role:14} {how}: {_told(fault)}" for role, faults in found.items() for how, fault in faults.items()]
     report = {
@@ -45,14 +49,21 @@ def show_faults(model: Path, source: Path, parts: Sequence[str], threshold: floa
 
 
 def _faults(
-    model: Path, source: Path, parts: Sequence[str], threshold: float, advance: Any
+    model: Path,
+    source: Path,
+    parts: Sequence[str],
+    threshold: float,
+    advance: Any,
+    *,
+    given: Sequence[Path],
+    allow_pickle: bool,
 ) -> Iterator[tuple[str, str, Fault | None]]:
     """(part, comparison, fault) for every part that the source made."""
-    from glassine.convert.checkpoint import open_checkpoint
-    from glassine.convert.detect import detect
     from glassine.convert.folder import convert_checkpoint
     from glassine.convert.imports import import_coremltools
-    from glassine.convert.verify import JUDGED, inputs_of
+    from glassine.convert.ingredients import ingredients
+    from glassine.convert.swap import change_loras
+    from glassine.convert.verify import JUDGED, detect_again, inputs_of
     from glassine.errors import PackageError
     from glassine.manifest import Manifest
     from glassine.runtime.engine.contract import check_inputs
@@ -60,10 +71,15 @@ def _faults(
     from glassine.runtime.engine.portable.locate import locate
 
     manifest = Manifest.read(model)
-    detected = detect(open_checkpoint(source), family=manifest.family)
+    detected = detect_again(model, manifest, source, given, parts, allow_pickle)
+    laid_over = ingredients(model, manifest, given, parts=parts, allow_pickle=allow_pickle)
     import_coremltools()
     with tempfile.TemporaryDirectory(prefix="glassine_locate_") as place:
-        fresh = convert_checkpoint(source, Path(place) / "fresh", _options(manifest, parts))
+        anew = Path(place) / "fresh"
+        options = _options(manifest, parts, whole=bool(laid_over.removable))
+        fresh = convert_checkpoint(source, anew, dataclasses.replace(options, extras=laid_over.converted))
+        if laid_over.removable:
+            change_loras(anew, laid_over.removable)
         roles = [role for role, part in manifest.parts.items() if role in fresh.parts and part.role in JUDGED]
         unknown = sorted(set(parts) - set(roles))
         if unknown:
@@ -79,8 +95,14 @@ def _faults(
             interface = read_interface(package, function)
             arrays = check_inputs(str(package), interface.inputs, inputs_of(part.role, detected, interface))
             if part.palette is None:  # what is stored in fewer bits differs from the source everywhere
-                anew, theirs = Path(place) / "fresh" / again.file, again.about.get("function")
-                fault = locate(package, anew, arrays, threshold=threshold, function=function, reference_function=theirs)
+                fault = locate(
+                    package,
+                    anew / again.file,
+                    arrays,
+                    threshold=threshold,
+                    function=function,
+                    reference_function=again.about.get("function"),
+                )
                 yield role, "against its source", fault
             fault = locate(
                 package,
@@ -94,15 +116,18 @@ def _faults(
             yield role, "fp16 against fp32", fault
 
 
-def _options(manifest: Manifest, parts: Sequence[str]) -> Any:
-    """How to convert the source so that the programs come out the same, and no more of it than is compared."""
+def _options(manifest: Manifest, parts: Sequence[str], *, whole: bool) -> ConvertOptions:
+    """How to convert the source so that the programs come out the same, and no more of it than is compared.
+
+    whole: all of it, because LoRAs will be merged that may change any part.
+    """
     from glassine.convert.network import ConvertOptions
     from glassine.convert.verify import JUDGED
 
     shaped = [part for part in manifest.parts.values() if part.attention is not None]
     how: dict[str, Any] = {"attention": shaped[0].attention, "layout": shaped[0].layout} if shaped else {}
     roles = {manifest.parts[part].role for part in parts if part in manifest.parts}
-    if len(roles) == 1 and roles <= {*JUDGED}:
+    if len(roles) == 1 and roles <= {*JUDGED} and not whole:
         how["part"] = roles.pop()
     return ConvertOptions(
         sizes=manifest.sizes,
@@ -144,7 +169,7 @@ def _told(fault: Fault | None) -> str:
 def _advice(fault: Fault) -> str:
     if fault.constants:
         words = f"its {', '.join(fault.constants)} is not what the source makes"
-        return f"{words}: a damaged weight file, merged LoRAs or an older conversion; convert the model again"
+        return f"{words}: a damaged weight file, or an older conversion; convert the model again"
     if fault.kind == "differs":
         return "if it is rounding, keep this part in float32; if not, convert the model again"
     return "keep this part in float32 (the VAE: --vae-precision float32), or run it on the CPU or GPU in float32"

@@ -257,32 +257,52 @@ def describe(name: str, function: Function, summary: Summary) -> list[str]:
 @click.command()
 @click.argument("model", type=FOLDER)
 @click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--with",
+    "given",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A LoRA, embedding or VAE that went into MODEL, or a folder that has them; may be repeated.",
+)
 @click.option("--part", multiple=True, help="Check this part alone; may be repeated.")
 @click.option("--threshold", type=float, default=60.0, show_default=True, help="PSNR in dB below which a part fails.")
 @click.option("--locate", is_flag=True, help="Find the first operation that goes wrong, in the portable engine.")
+@click.option("--allow-pickle", is_flag=True, help="The files may be PyTorch pickles; see convert.")
 @engine_options
 @as_json
 def verify(
-    model: Path, source: Path, part: tuple[str, ...], threshold: float, locate: bool, as_json: bool, **asked: Any
+    model: Path,
+    source: Path,
+    given: tuple[Path, ...],
+    part: tuple[str, ...],
+    threshold: float,
+    locate: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    **asked: Any,
 ) -> None:
     """Compare a model with the weights it was made of.
 
-    Every part of MODEL runs on an engine, and its SOURCE weights in PyTorch in fp32, on the same inputs. Parts with
-    palettes have to reach what their weights have kept; what they do reach is noted in glassine.json. With --locate,
-    operation by operation: against a fresh conversion of SOURCE, and in fp16 against fp32 (docs/diagnose.md).
+    Every part of MODEL runs on an engine, and its SOURCE weights in PyTorch in fp32, on the same inputs. SOURCE is the
+    checkpoint, or a file that was added to MODEL: a control network, one of LayerDiffuse's, TAESD. LoRAs, embeddings
+    and another VAE are laid over the checkpoint as they were; those that do not lie in MODEL/loras come --with.
+    Parts with palettes have to reach what their weights have kept; what they do reach is noted in glassine.json. With
+    --locate, operation by operation: against a fresh conversion of SOURCE, and in fp16 against fp32 (docs/diagnose.md).
 
     \b
     Example:
       glassine verify dreamshaper dreamshaper_8.safetensors
+      glassine verify ink dreamshaper_8.safetensors --with loras --with vae-ft-mse-840000-ema-pruned.safetensors
       glassine verify dreamshaper dreamshaper_8.safetensors --locate --part unet
     """
     if locate:
-        show_faults(model, source, part, threshold, as_json)
+        show_faults(model, source, part, threshold, as_json, given=given, allow_pickle=allow_pickle)
         return
     from glassine.convert.verify import note_palettes, verify_folder
 
     with bar("verifying") as advance:
-        reports = verify_folder(model, source, parts=part, options=engine_of(asked), report=advance)
+        how = {"given": given, "allow_pickle": allow_pickle}
+        reports = verify_folder(model, source, parts=part, options=engine_of(asked), report=advance, **how)
     lines = [f"{r.role:14} {r.psnr:6.1f} dB   largest error {r.max_error:.2e}" for r in reports]
     give({r.role: {"psnr": r.psnr, "max_error": r.max_error} for r in reports}, "\n".join(lines), as_json)
     needed = note_palettes(model, reports, threshold)

@@ -176,7 +176,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         return _open_folder(path, allow_pickle)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a .safetensors file or a diffusers folder")
-    if allow_pickle and _is_pickle(path):
+    if allow_pickle and is_pickle(path):
         from glassine.convert.pickles import open_pickle
 
         return open_pickle(path)
@@ -184,7 +184,8 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(path=path, tensors=tensors, metadata=metadata)
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of PyTorch's pickles, by its first bytes."""
     try:
         with path.open("rb") as file:
             start = file.read(8)

@@ -11,7 +11,7 @@ from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
 from glassine.convert.names import Source
 from glassine.convert.network import Base, Network, Size
 from glassine.convert.program import Requests
-from glassine.convert.weights import FileWeights
+from glassine.convert.weights import FileWeights, WeightSource
 from glassine.errors import CheckpointError, ConversionError
 from glassine.models.config import TinyDecoderConfig
 
@@ -33,14 +33,7 @@ def preview_networks(path: Path, base: Base, *, allow_pickle: bool = False) -> l
         ConversionError: it decodes latents of another kind.
     """
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-    weights = FileWeights(checkpoint, _names(checkpoint))
-    first = weights.shapes.get("decoder.layers.0.weight", ())
-    if len(first) != 4:
-        keys = shorten(sorted(checkpoint.tensors), 3)
-        raise CheckpointError(
-            f"{path}: no TAESD decoder: expected keys such as 1.weight or decoder.layers.0.weight, got {keys}"
-        )
-    config = TinyDecoderConfig(channels=first[0], latent_channels=first[1])
+    config, weights = _read(checkpoint)
     if config.latent_channels != base.family.vae.latent_channels:
         raise ConversionError(
             f"{path}: decodes latents of {config.latent_channels} channels, the model's have "
@@ -59,6 +52,41 @@ def preview_networks(path: Path, base: Base, *, allow_pickle: bool = False) -> l
             summary=_SUMMARY,
         )
     ]
+
+
+def is_preview(path: Path) -> bool:
+    """Whether a file is a TAESD decoder, by its keys.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return path.is_file() and len(_first(_weights(open_checkpoint(path)))) == 4
+
+
+def read_preview(path: Path) -> tuple[TinyDecoderConfig, WeightSource]:
+    """Read the header of a TAESD decoder; errors as `preview_networks`."""
+    return _read(open_checkpoint(path))
+
+
+def _read(checkpoint: Checkpoint) -> tuple[TinyDecoderConfig, WeightSource]:
+    weights = _weights(checkpoint)
+    first = _first(weights)
+    if len(first) != 4:
+        keys = shorten(sorted(checkpoint.tensors), 3)
+        raise CheckpointError(
+            f"{checkpoint.path}: no TAESD decoder: expected keys such as 1.weight or decoder.layers.0.weight, "
+            f"got {keys}"
+        )
+    return TinyDecoderConfig(channels=first[0], latent_channels=first[1]), weights
+
+
+def _first(weights: WeightSource) -> tuple[int, ...]:
+    """The shape of the first convolution; () where there is none."""
+    return weights.shapes.get("decoder.layers.0.weight", ())
+
+
+def _weights(checkpoint: Checkpoint) -> WeightSource:
+    return FileWeights(checkpoint, _names(checkpoint))
 
 
 def _names(checkpoint: Checkpoint) -> dict[str, Source]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glassine.convert.weights import WeightSource
-from glassine.models.config import TextEncoderConfig, UNetConfig, VAEConfig
+from glassine.models.config import TextEncoderConfig, TinyDecoderConfig, UNetConfig, VAEConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +291,22 @@ def vae_decoder(config: VAEConfig, source: WeightSource, z: Tensor) -> Tensor:
     return conv(w / "conv_out", F.silu(group_norm(w / "conv_norm_out", x, groups, 1e-6)))
 
 
+def tiny_decoder(config: TinyDecoderConfig, source: WeightSource, z: Tensor) -> Tensor:
+    """Decode (B, latent_channels, h, w) roughly to (B, 3, 8h, 8w), as TAESD does."""
+    layers = Weights(source) / "decoder" / "layers"
+    x = F.relu(conv(layers / 0, 3 * torch.tanh(z / 3)))
+    index = 2
+    for level, blocks in enumerate(config.blocks):
+        for _ in range(blocks):
+            w = layers / index / "conv"
+            x = F.relu(x + conv(w / 4, F.relu(conv(w / 2, F.relu(conv(w / 0, x))))))
+            index += 1
+        if level < len(config.blocks) - 1:
+            x = conv(layers / (index + 1), F.interpolate(x, scale_factor=2.0))
+            index += 2
+    return 2 * conv(layers / index, x) - 1
+
+
 def text_encoder(config: TextEncoderConfig, source: WeightSource, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Encode token ids (1, tokens).
 
@@ -316,7 +332,8 @@ def text_encoder(config: TextEncoderConfig, source: WeightSource, ids: Tensor) -
         x = x + dense(layer / "mlp" / "fc2", activate(y))
         states.append(layer_norm(w / "final_layer_norm", x) if config.final_norm else x)
     last = layer_norm(w / "final_layer_norm", x)
-    pooled = last[torch.arange(len(ids)), ids.argmax(dim=1)]
+    end = config.vocab_size - config.added_tokens - 1  # of text: behind it are only learned words
+    pooled = last[torch.arange(len(ids)), (ids == end).int().argmax(dim=1)]
     if config.projection_dim is not None:
         pooled = dense(root / "text_projection", pooled)
     return states[-1 - config.skip], pooled, torch.cat(states)

@@ -14,12 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.convert.addition import base_of
-from glassine.convert.checkpoint import open_checkpoint
+from glassine.convert.checkpoint import is_pickle, open_checkpoint
 from glassine.convert.control import read_adapter, read_controlnet
 from glassine.convert.control_files import is_control, open_control
 from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import digests
+from glassine.convert.extras import file_sha256, with_extras
+from glassine.convert.ingredients import ingredients
 from glassine.convert.network import Network
+from glassine.convert.previews import ROLE as PREVIEW_ROLE
+from glassine.convert.previews import is_preview, read_preview
 from glassine.convert.transparency import is_transparent
 from glassine.convert.verify_layers import layer_networks, layer_outputs
 from glassine.errors import ConversionError, MissingDependency, PackageError
@@ -52,24 +56,29 @@ def verify_folder(
     folder: Path,
     source: Path,
     *,
+    given: Sequence[Path] = (),
+    allow_pickle: bool = False,
     parts: Collection[str] = (),
     options: EngineOptions | None = None,
     report: Report | None = None,
 ) -> list[PartReport]:
     """Compare the packages of `folder` with the weights they were made of.
 
-    The reference is float32 on the weights as the source stores them, so what separates the two is the rounding of
-    weights and of folded factors to fp16 (and, on an engine that computes in fp16, of everything else).
+    The reference is float32 on the weights as the source stores them, with what was laid over them (LoRAs, embeddings,
+    another VAE), so what separates the two is the rounding of weights and of folded factors to fp16 (and, on an engine
+    that computes in fp16, of everything else).
 
     Args:
         folder: made by `convert_checkpoint`.
-        source: what it was made of, or a control or LayerDiffuse file that was added to it.
+        source: what it was made of, or a control, LayerDiffuse or TAESD file that was added to it.
+        given: further files that went into the checkpoint's parts, see `ingredients`.
+        allow_pickle: the source and those files may be PyTorch pickles.
         parts: the keys to compare ("unet", "vae_decoder" ...); empty means all that come from the source.
         options: which engine to run the packages on.
         report: called with (done, total, role) before each part and after the last.
 
     Raises:
-        PackageError: no such folder, or no such part in it.
+        PackageError: no such folder, no such part in it, or a file that went into it is not at hand.
         CheckpointError, ConversionError: the source cannot be read, or is of other sizes.
         MissingDependency: PyTorch is not installed.
     """
@@ -77,10 +86,7 @@ def verify_folder(
     unknown = sorted(set(parts) - set(manifest.parts))
     if unknown:
         raise PackageError(f"{folder}: has no part {', '.join(unknown)}, only {', '.join(manifest.parts)}")
-    if is_control(source):
-        made = _control(folder, manifest, source)
-    else:
-        made = _layers(folder, manifest, source) if is_transparent(source) else _checkpoint(manifest, source)
+    made = _made(folder, manifest, source, given, parts, allow_pickle)
     beyond = sorted(set(parts) - set(made))
     if beyond or not made:
         what = ", ".join(beyond) if beyond else "any part"
@@ -105,9 +111,29 @@ class _Made:
     expected: Callable[[Arrays], Arrays]
 
 
-def _checkpoint(manifest: Manifest, source: Path) -> dict[str, _Made]:
+def _made(
+    folder: Path, manifest: Manifest, source: Path, given: Sequence[Path], parts: Collection[str], allow_pickle: bool
+) -> dict[str, _Made]:
+    """The parts that a source made, by what it is."""
+    pickle = allow_pickle and source.is_file() and is_pickle(source)  # only checkpoints convert from one
+    for is_kind, read in ((is_control, _control), (is_transparent, _layers), (is_preview, _preview)):
+        if not pickle and is_kind(source):
+            return read(folder, manifest, source)
+    return _checkpoint(manifest, detect_again(folder, manifest, source, given, parts, allow_pickle))
+
+
+def detect_again(
+    folder: Path, manifest: Manifest, source: Path, given: Sequence[Path], parts: Collection[str], allow_pickle: bool
+) -> Detected:
+    """Return what a folder's checkpoint is, with what was laid over it; arguments and errors as `verify_folder`."""
+    checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
+    detected = detect(checkpoint, family=manifest.family)
+    found = ingredients(folder, manifest, given, parts=parts, allow_pickle=allow_pickle)
+    return with_extras(checkpoint, detected, found.extras)
+
+
+def _checkpoint(manifest: Manifest, detected: Detected) -> dict[str, _Made]:
     """The parts that a checkpoint made."""
-    detected = detect(open_checkpoint(source), family=manifest.family)
     return {
         name: _Made(partial(inputs_of, part.role, detected), partial(_reference, part.role, detected))
         for name, part in manifest.parts.items()
@@ -153,6 +179,23 @@ def _layers(folder: Path, manifest: Manifest, source: Path) -> dict[str, _Made]:
     return {name: _Made(_unet_inputs, partial(expected, network)) for name, network in networks.items()}
 
 
+def _preview(_: Path, manifest: Manifest, source: Path) -> dict[str, _Made]:
+    """The preview decoders that a file of TAESD made, by its digest."""
+    sha256 = file_sha256(source)
+    config, weights = read_preview(source)
+
+    def expected(inputs: Arrays) -> Arrays:
+        torch, reference = _judge("reference")
+        with torch.inference_mode():
+            return {"image": reference.tiny_decoder(config, weights, torch.from_numpy(inputs["z"])).numpy()}
+
+    return {
+        name: _Made(_unet_inputs, expected)
+        for name, part in manifest.parts.items()
+        if part.role == PREVIEW_ROLE and part.source_sha256 == sha256
+    }
+
+
 def _verify(folder: Path, name: str, part: Part, made: _Made, options: EngineOptions | None) -> PartReport:
     files, function = part.about.get("chunks", [part.file]), part.about.get("function")
     stages = [open_engine(folder / Path(file).name, options, function=function) for file in files]
@@ -187,9 +230,12 @@ def inputs_of(role: str, detected: Detected, engine: Engine | Interface) -> Arra
     rng = np.random.default_rng(0)
     if role in TEXT_ROLES:
         config = detected.family.text_encoder(role)
-        ids = rng.integers(0, config.vocab_size - 2, (1, config.tokens))
+        own = config.vocab_size - config.added_tokens  # the last two: start and end of text
+        ids = rng.integers(0, own - 2, (1, config.tokens))
         end = config.tokens // 3
-        ids[:, 0], ids[:, end:] = config.vocab_size - 2, config.vocab_size - 1
+        ids[:, 0], ids[:, end:] = own - 2, own - 1
+        learned = np.arange(own, config.vocab_size)[: end - 1]
+        ids[:, 1 : 1 + len(learned)] = learned
         if config.pad is not None:
             ids[:, end + 1 :] = config.pad
         return {"input_ids": ids.astype(np.float32)}

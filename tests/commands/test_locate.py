@@ -128,6 +128,23 @@ def test_numbers_that_are_not_finite_are_found(glassine, model, tiny_checkpoint)
     assert (fault["kind"], fault["name"], fault["psnr"]) == ("not finite", "conv_in", None)
 
 
+def test_loras_are_no_fault(glassine, tiny_checkpoint, checkpoints, tmp_path):
+    """One merged at conversion, one afterwards where a scale is in the weights: equal to the last bit."""
+    rng = np.random.default_rng(2)
+    for name, module in (("first", "mid_block_resnets_0_conv1"), ("second", "mid_block_attentions_0_proj_in")):
+        tensors = {f"lora_unet_{module}.diff": rng.standard_normal((64, 64, 3, 3) if name == "first" else (64, 64))}
+        checkpoints.write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+    attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    checkpoints.write_safetensors(tmp_path / "third.safetensors", {f"{attention}.diff": rng.standard_normal((64, 64))})
+    options = ("--part", "unet", "--size", "64x64", "--attention", "einsum", "--lora", "first.safetensors=0.5")
+    assert glassine("convert", tiny_checkpoint, "model", *options).exit_code == 0
+    assert glassine("lora", "model", "add", "second.safetensors=0.3", "third.safetensors=0.7").exit_code == 0
+    code, report = locate(glassine, "model", tiny_checkpoint, "--with", "first.safetensors")
+    assert (code, report["unet"]) == (0, {"against its source": None, "fp16 against fp32": None})
+    refused = glassine("verify", "model", tiny_checkpoint, "--locate")
+    assert (refused.exit_code, "the LoRA 'first'" in refused.stderr) == (1, True)
+
+
 def test_another_source_is_refused(glassine, tiny_folder, tiny_checkpoint, tmp_path):
     weights = load_file(tiny_checkpoint)
     weights["model.diffusion_model.out.2.bias"] = weights["model.diffusion_model.out.2.bias"] + 1
