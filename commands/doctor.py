@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from glassine import __version__
-from glassine.commands.machine import Machine, this_machine
+from glassine.runtime.machine import Machine, this_machine
 
 Status = Literal["ok", "note", "missing"]
 REQUIRED = (

@@ -26,6 +26,7 @@ SPACINGS = (
     "ays_xl", "lcm",
 )  # fmt: skip
 RULES = ("scale", "cap", "authors", "time")
+UNITS = ("all", "cpu_and_ne", "cpu_and_gpu", "cpu_only")
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -50,9 +51,9 @@ model_size = click.option(
 engine_options = options(
     click.option("--engine", type=click.Choice(["auto", "coreml", "portable"]), default="auto", show_default=True,
                  help="auto: Core ML on a Mac, PyTorch elsewhere."),
-    click.option("--units", type=click.Choice(["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]), default="all",
-                 show_default=True, help="Core ML compute units."),
-    click.option("--device", default="cpu", show_default=True, help="Device of the portable engine: cpu, cuda, mps."),
+    click.option("--units", type=click.Choice(UNITS),
+                 help="Core ML compute units, of every part.  [default: as 'glassine tune' found, or all]"),
+    click.option("--device", help="Of the portable engine: cpu, cuda, mps.  [default: as tuned, or cpu]"),
     click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
                  help="Of the portable engine; fp16 rounds after every operation, as the Neural Engine does."),
 )  # fmt: skip

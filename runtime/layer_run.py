@@ -125,14 +125,14 @@ class LayerRun(Run):
 
     def _network(self, role: str, guidance: Guidance, fixed: dict[str, NDArray[Any]], *, frames: int) -> Denoiser:
         pipe = self._pipe
-        predict, control = self._steered(pipe, role)
+        unet = self._steered(pipe, role)
         return Denoiser(
-            lambda **arrays: predict(**arrays, **fixed),
+            lambda **arrays: unet.predict(**arrays, **fixed),
             pipe.schedule,
             guidance,
-            rows=needed(pipe, role).inputs["sample"][0][0],
+            rows=unet.rows,
             prediction=pipe.manifest.prediction_type,
-            control=control,
+            control=unet.control,
             frames=frames,
         )
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import PackageError
-from glassine.manifest import Manifest, Part
+from glassine.manifest import Manifest
 from glassine.runtime.branches import PIX2PIX
 from glassine.runtime.conditioning import EncodedPrompt, encode_prompt, side_by_side
 from glassine.runtime.control import Control
@@ -41,6 +41,7 @@ from glassine.runtime.residency import Residents, Stage, stage_of
 from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
 from glassine.runtime.tokenizer import Tokenizer
+from glassine.runtime.tuned import Choices, Chosen, files_of
 
 Float = NDArray[np.float32]
 Output = Literal["pil", "numpy", "latent"]
@@ -69,7 +70,8 @@ class Pipeline:
         self.size = size
         self.schedule = NoiseSchedule(manifest.scheduler)
         self.refiner: Pipeline | None = None
-        self.notices: tuple[str, ...] = ()
+        self.choices = Choices(folder, manifest, size, options)
+        self.notices: tuple[str, ...] = self.choices.notices
         self._vocabulary = vocabulary
         self._options = options
         self.residents = Residents(one_stage=options.low_memory)
@@ -111,7 +113,7 @@ class Pipeline:
             )
         options = options if options is not None else EngineOptions()
         pipe = cls(found.folder, manifest, options, size, vocabulary=found.vocabulary)
-        pipe.notices = found.notices
+        pipe.notices = (*found.notices, *pipe.notices)
         if refiner is not None:
             pipe.refiner = cls.load(refiner, options, size=size)
             _check_refiner(pipe, pipe.refiner)
@@ -191,12 +193,17 @@ class Pipeline:
             EngineError: its package cannot be loaded.
         """
         key = role if size is None else f"{role} {_spelled(size)}"
-        part = self._part(role, size)
-        files = part.about.get("chunks", (part.file,))
-        if any(Path(file).name != file for file in files):  # a manifest is untrusted
-            raise PackageError(f"{self.folder}: {files!r} are not plain file names; convert the model again")
-        packages = tuple(self.folder / file for file in files)
-        return self._resident(key, stage_of(role), packages, lambda: self._open(part, packages))
+        chosen = self._chosen(role, size)
+        packages = files_of(self.folder, chosen.part)
+        return self._resident(key, stage_of(role), packages, lambda: _open(packages, chosen))
+
+    def rows(self, role: str) -> int:
+        """The rows of every call of a UNet: its package's batch.
+
+        Raises:
+            PackageError: the model has no such part.
+        """
+        return self._chosen(role).part.inputs["sample"][0][0]
 
     def _resident(self, key: str, stage: Stage, packages: tuple[Path, ...], load: Callable[[], Engine]) -> Engine:
         """Return an engine that is loaded now, and keep what it said when it was."""
@@ -210,19 +217,6 @@ class Pipeline:
             key, stage = f"refiner {key}", "refine" if stage == "denoise" else stage
         return self.residents.get(key, stage, packages, listen)
 
-    def _open(self, part: Part, packages: tuple[Path, ...]) -> Engine:
-        """Open the package of a part, or the chunks it is cut into, under Glassine's names."""
-        function = part.about.get("function")
-        stages = [
-            open_engine(path, self._options)
-            if function is None
-            else open_engine(path, self._options, function=function)
-            for path in packages
-        ]
-        engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
-        names = part.about.get("names")
-        return engine if names is None else Renamed(engine, **names)
-
     def package(self, path: Path) -> Engine:
         """Return the engine of a package beside the folder, such as another model's control net; loaded on first use.
 
@@ -231,14 +225,15 @@ class Pipeline:
         """
         return self._resident(str(path.resolve()), "denoise", (path,), lambda: open_engine(path, self._options))
 
-    def _part(self, role: str, size: tuple[int, int] | None = None) -> Part:
+    def _chosen(self, role: str, size: tuple[int, int] | None = None) -> Chosen:
+        """What plays a role, and how it is to run."""
         part = self.manifest.part(role, self.size if size is None else size)
         if part is None:
             raise PackageError(
                 f"{self.folder}: this model has no {role}, only {sorted(self.manifest.parts)}; "
                 "convert a whole checkpoint to draw with it"
             )
-        return part
+        return self.choices.of(role, part) if size in (None, self.size) else Chosen(part, self._options)
 
     @property
     def unet_inputs(self) -> dict[str, tuple[int, ...]]:
@@ -247,7 +242,7 @@ class Pipeline:
         Raises:
             PackageError: the model has no UNet, or one without latents and text.
         """
-        part = self._part("unet")
+        part = self._chosen("unet").part
         if not {"sample", "encoder_hidden_states"} <= set(part.inputs):
             raise PackageError(f"{self.folder}: its UNet reads {sorted(part.inputs)}, neither latents nor text")
         return {name: shape for name, (shape, _) in part.inputs.items()}
@@ -267,7 +262,7 @@ class Pipeline:
                 clip_skip=clip_skip,
                 own_skip=own_skip,
                 emphasis=request.emphasis,
-                pad=self._part(role).about.get("pad"),
+                pad=self._chosen(role).part.about.get("pad"),
             )
 
         roles = [role for role in TEXT_ENCODERS if role in self.manifest.parts]
@@ -329,6 +324,18 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open(packages: Sequence[Path], chosen: Chosen) -> Engine:
+    """Open the package of a part, or the chunks it is cut into, under Glassine's names."""
+    function = chosen.part.about.get("function")
+    stages = [
+        open_engine(path, chosen.options) if function is None else open_engine(path, chosen.options, function=function)
+        for path in packages
+    ]
+    engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
+    names = chosen.part.about.get("names")
+    return engine if names is None else Renamed(engine, **names)
 
 
 def _check_refiner(base: Pipeline, refiner: Pipeline) -> None:

@@ -18,7 +18,7 @@ from glassine.runtime.branches import PIX2PIX, guidance_of
 from glassine.runtime.change_map import n_table, to_cells
 from glassine.runtime.control import recorded
 from glassine.runtime.decode import CELL, composite, decode_latents, preview
-from glassine.runtime.denoiser import Control, Denoiser, Predict, Relay
+from glassine.runtime.denoiser import Denoiser, Relay
 from glassine.runtime.inputs import Inputs
 from glassine.runtime.loop import Model, Step, denoising_steps
 from glassine.runtime.metadata import text_chunks
@@ -26,7 +26,7 @@ from glassine.runtime.noise import StepNoise, randn
 from glassine.runtime.request import Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
 from glassine.runtime.schedule import NoiseSchedule, Sigmas, handover, last_steps, make_sigmas
-from glassine.runtime.steering import steered
+from glassine.runtime.steering import Steered, steered
 from glassine.runtime.transparency import Health
 
 if TYPE_CHECKING:
@@ -197,18 +197,18 @@ class Run:
         if pipe is not self._pipe:  # a refiner has a text encoder of its own
             inputs = dataclasses.replace(inputs, context=None, pooled=None, negative_context=None, negative_pooled=None)
         guidance, notices = guidance_of(pipe, self.request, inputs, self.n)
-        predict, control = self._steered(pipe, "unet")
+        unet = self._steered(pipe, "unet")
         denoiser = Denoiser(
-            predict,
+            unet.predict,
             pipe.schedule,
             guidance,
-            rows=pipe.manifest.batch,
+            rows=unet.rows,
             prediction=pipe.manifest.prediction_type,
-            control=control,
+            control=unet.control,
         )
         return denoiser, notices
 
-    def _steered(self, pipe: Pipeline, role: str) -> tuple[Predict, Control | None]:
+    def _steered(self, pipe: Pipeline, role: str) -> Steered:
         """A UNet, and what steers it: nothing steers a refiner. Shares of the steps are of those that the run makes."""
         controls = self._inputs.controls if pipe is self._pipe else ()
         return steered(pipe, controls, role=role, first=len(self._sigmas) - 1 - self.steps, steps=self.steps)

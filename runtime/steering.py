@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,15 @@ _SIZE = re.compile(r"_\d+x\d+$")  # behind the name, of a part for a further siz
 PACKAGE = ".mlpackage"  # a net whose name ends so, or as what Core ML has compiled, is a path
 
 
-def steered(
-    pipe: Pipeline, controls: Sequence[ReadyControl], *, first: int, steps: int, role: str = "unet"
-) -> tuple[Predict, ControlNets | None]:
+class Steered(NamedTuple):
+    """A UNet, the rows of its calls, and what steers it."""
+
+    predict: Predict
+    rows: int
+    control: ControlNets | None
+
+
+def steered(pipe: Pipeline, controls: Sequence[ReadyControl], *, first: int, steps: int, role: str = "unet") -> Steered:
     """Return a model's UNet, and what steers it.
 
     Args:
@@ -44,10 +50,9 @@ def steered(
         RequestError: no such net, or one that does not fit the model.
         PackageError: the model's UNet takes no control.
     """
-    plain = partial(_predict, pipe, role)
     active = [ready for ready in controls if not ready.idle]
     if not active:
-        return plain, None
+        return Steered(partial(_predict, pipe, role), pipe.rows(role), None)
     nets = {ready.control.net: _net(pipe, ready.control.net) for ready in active}
     adapted = any(net.kind == "t2i_adapter" for net in nets.values())
     controlled = f"{'adapted' if adapted else 'controlled'}_{role}"
@@ -61,11 +66,30 @@ def steered(
         [(ready, nets[ready.control.net]) for ready in active], _shapes(part.inputs), first=first, steps=steps
     )
     takes = residual_inputs(_shapes(part.inputs))
+    own = pipe.rows(role)
 
     def predict(**arrays: NDArray[np.generic]) -> Mapping[str, NDArray[np.generic]]:
-        return _predict(pipe, controlled if takes.keys() <= arrays.keys() else role, **arrays)
+        if takes.keys() <= arrays.keys():
+            return _predict(pipe, controlled, **arrays)
+        return in_calls(partial(_predict, pipe, role), own, arrays)
 
-    return predict, control
+    return Steered(predict, pipe.rows(controlled), control)
+
+
+def in_calls(
+    predict: Predict, rows: int, arrays: Mapping[str, NDArray[np.generic]]
+) -> Mapping[str, NDArray[np.generic]]:
+    """Run a network of `rows` rows a call on arrays of any number of rows; the last call is filled up with its last."""
+    count = len(next(iter(arrays.values())))
+    if count == rows:
+        return predict(**arrays)
+    made: dict[str, list[NDArray[np.generic]]] = {}
+    for at in range(0, count, rows):
+        index = np.minimum(np.arange(at, at + rows), count - 1)
+        answer = predict(**{name: array[index] for name, array in arrays.items()})
+        for name, array in answer.items():
+            made.setdefault(name, []).append(array[: count - at].copy())  # the buffer of the next call
+    return {name: np.concatenate(pieces) for name, pieces in made.items()}
 
 
 def _predict(pipe: Pipeline, role: str, **arrays: NDArray[np.generic]) -> Mapping[str, NDArray[np.generic]]:

@@ -30,9 +30,10 @@ def load_support(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory) -> Iterator[None]:
-    """Compiled models of the tests stay out of the user's cache."""
+    """Compiled models of the tests stay out of the user's cache, and the user's settings out of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GLASSINE_CONFIG", str(tmp_path_factory.mktemp("config")))
         yield
 
 

@@ -49,7 +49,8 @@ class EngineOptions:
     """How to run packages.
 
     engine: "coreml" (macOS), "portable" (PyTorch, anywhere) or "auto" = Core ML on a Mac, portable elsewhere.
-    compute_units: for Core ML. device: for the portable engine ("cpu", "cuda", "mps").
+    compute_units: for Core ML; None is not said, and "all" wherever nothing else is known. device: for the portable
+    engine ("cpu", "cuda", "mps"); None is not said, and "cpu".
     precision: for the portable engine; "fp16" rounds after every operation as the Neural Engine does.
     load_timeout: seconds that Core ML may take to load a package on one choice of compute units, before the next is
     tried. tell: is given what Core ML is doing, in words, when a package is loaded for the first time: it can take
@@ -57,8 +58,8 @@ class EngineOptions:
     """
 
     engine: EngineName = "auto"
-    compute_units: ComputeUnits = "all"
-    device: str = "cpu"
+    compute_units: ComputeUnits | None = None
+    device: str | None = None
     precision: Precision = "fp32"
     load_timeout: float = 900.0
     low_memory: bool = False
@@ -118,6 +119,13 @@ def check_inputs(
     return checked
 
 
+def engine_name(options: EngineOptions) -> Literal["coreml", "portable"]:
+    """The engine that `options` ask for, on this system."""
+    if options.engine == "auto":
+        return "coreml" if sys.platform == "darwin" else "portable"
+    return options.engine
+
+
 def open_engine(package: Path | str, options: EngineOptions | None = None, *, function: str | None = None) -> Engine:
     """Load one .mlpackage, or on a Mac one .mlmodelc, on the engine that `options` ask for.
 
@@ -134,10 +142,7 @@ def open_engine(package: Path | str, options: EngineOptions | None = None, *, fu
     compiled = package.suffix == COMPILED and (package / "coremldata.bin").is_file()
     if not (compiled or (package / "Manifest.json").is_file()):
         raise PackageError(f"{package}: not a model package (no Manifest.json); convert one with 'glassine convert'")
-    name = options.engine
-    if name == "auto":
-        name = "coreml" if sys.platform == "darwin" else "portable"
-    if name == "coreml":
+    if engine_name(options) == "coreml":
         from glassine.runtime.engine.coreml import CoreMLEngine
 
         return CoreMLEngine(package, options, function=function)
@@ -150,4 +155,5 @@ def open_engine(package: Path | str, options: EngineOptions | None = None, *, fu
         raise MissingDependency("the portable engine needs PyTorch; install it with: pip install 'glassine[portable]'")
     from glassine.runtime.engine.portable.executor import PortableEngine
 
-    return PortableEngine(package, device=options.device, precision=options.precision, function=function)
+    device = "cpu" if options.device is None else options.device
+    return PortableEngine(package, device=device, precision=options.precision, function=function)

@@ -116,7 +116,7 @@ def warm(package: Path, options: EngineOptions, function: str | None = None, *, 
 def _wanted(package: Path, interface: Interface, options: EngineOptions, function: str | None) -> Wanted:
     return Wanted(
         package=package,
-        units=options.compute_units,
+        units="all" if options.compute_units is None else options.compute_units,
         inputs=tuple(interface.inputs.values()),
         function=function,
         timeout=options.load_timeout,

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from glassine.commands import doctor
-from glassine.commands import machine as machine_module
-from glassine.commands.machine import Machine, reclaimable, this_machine
+from glassine.runtime import machine as machine_module
 from glassine.runtime.engine import cache
 from glassine.runtime.engine.trial import Trial
+from glassine.runtime.machine import Machine, reclaimable, this_machine
 
 MAC = Machine(
     system="darwin", version=(15, 5), name="macOS 15.5 (24F74)", chip="Apple M2 Pro", cores=10, arm=True,
