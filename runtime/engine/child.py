@@ -12,6 +12,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -128,3 +129,9 @@ def answering() -> tuple[Callable[..., None], queue.Queue[Words]]:
 
     threading.Thread(target=listen, daemon=True).start()
     return lambda **words: print(json.dumps(words), file=channel, flush=True), asked
+
+
+def leave_out_frameworks() -> None:
+    """Keep coremltools, not imported yet, from all it can convert from: seconds, and hundreds of megabytes."""
+    for framework in ("torch", "tensorflow", "sklearn", "xgboost"):
+        sys.modules[framework] = None  # type: ignore[assignment]  # it is not there

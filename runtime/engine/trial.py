@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glassine.runtime.engine.child import answering, child
+from glassine.runtime.engine.child import answering, child, leave_out_frameworks
 from glassine.runtime.engine.contract import TensorSpec
 
 Stage = Literal["start", "compile", "load", "predict"]
@@ -154,7 +154,5 @@ def _work(job: dict[str, Any], enter: Callable[[Stage], None]) -> list[str]:
 
 
 if __name__ == "__main__":
-    for framework in ("torch", "tensorflow", "sklearn", "xgboost"):
-        # coremltools imports all it can convert from: seconds and hundreds of megabytes. None: it is not there.
-        sys.modules[framework] = None  # type: ignore[assignment]
+    leave_out_frameworks()
     main(sys.argv[1])
