@@ -13,10 +13,15 @@ SETTINGS = {"steps": 20, "guidance_scale": 5.0, "output": "numpy"}
 SEED = 717_000  # of drawings that training never saw
 
 
-def faithful(pipe, count: int) -> tuple[float, float]:
-    """Mean edge F1 (2 pixels' tolerance) of pictures with and without the hint."""
+def faithful(pipe, count: int) -> tuple[float, float, float]:
+    """Mean edge F1 (2 pixels' tolerance) of pictures with the hint, without it, and of the drawings themselves.
+
+    The last is what can be had: the drawings through the VAE. Where object and background are of one brightness there
+    are no edges to find.
+    """
     drawings = sample(count, seed=SEED, solid=1.0, single=1.0)
-    hints = edges(render(drawings, 256)[0])
+    rendered = render(drawings, 256)[0]
+    hints = edges(rendered)
     prompts = [row[0] for row in captions(drawings, 1, SEED, omit=0.0)]
     made: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for seed, (prompt, hint) in enumerate(zip(prompts, hints, strict=True)):
@@ -24,21 +29,26 @@ def faithful(pipe, count: int) -> tuple[float, float]:
         for steered, pictures in made.items():
             controls = [Control("canny", picture)] if steered else []
             pictures.append(pipe(prompt, controls=controls, seed=seed, **SETTINGS))
-    scores = [
-        float(edge_f1(edges(torch.from_numpy(np.stack(made[steered])).permute(0, 3, 1, 2) / 255), hints).mean())
-        for steered in (True, False)
-    ]
-    return scores[0], scores[1]
+    drawn = [torch.from_numpy(np.stack(made[steered])).permute(0, 3, 1, 2) / 255 for steered in (True, False)]
+    steered, free, best = [float(edge_f1(edges(each), hints).mean()) for each in (*drawn, through_vae(pipe, rendered))]
+    return steered, free, best
+
+
+def through_vae(pipe, pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [0, 1], encoded and decoded."""
+    decode = pipe.engine("vae_decoder").predict
+    latents = [pipe.posterior_mean(picture[None].numpy() * 2 - 1) for picture in pictures]
+    return torch.cat([torch.from_numpy(decode(z=z)["image"] / 2 + 0.5) for z in latents]).clamp(0, 1)
 
 
 def test_the_shape_goes_where_its_edges_are(pipe):
-    steered, free = faithful(pipe, 3)
-    assert steered >= 0.6  # 3 pictures; over 300 (on a GPU): 0.807, of at most 0.870
-    assert steered >= free + 0.3  # without the hint 0.179
+    steered, free, best = faithful(pipe, 3)
+    assert steered >= 0.6 * best
+    assert steered >= free + 0.3
 
 
 @pytest.mark.slow
-def test_forty_hints(pipe):
-    steered, free = faithful(pipe, 40)
-    assert steered >= 0.75
+def test_a_hundred_hints(pipe):
+    steered, free, best = faithful(pipe, 100)
+    assert steered >= 0.85 * best
     assert free <= 0.3
