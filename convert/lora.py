@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from glassine.convert.checkpoint import Checkpoint, Tensor, open_checkpoint, shorten
 from glassine.convert.lora_kinds import BIASES, Delta, Float, Tensors, delta_of, rescaled, rotated
 from glassine.convert.lora_names import Module, Spellings, split_key
+from glassine.convert.tiles import row_ranges
 from glassine.convert.weights import Patched, WeightSource
 from glassine.errors import ConversionError
 
 Adder = Callable[[int, int, Float], None]  # adds to the rows [start, stop) of a weight, given as a matrix
-_PIECE = 1 << 20  # elements of a difference that are in memory at a time
 _OFT = ("oft_blocks", "rescale", "alpha")
 
 
@@ -286,10 +286,8 @@ class Lora:
 
 
 def _in_pieces(add: Adder, matrix: Float) -> None:
-    """Add to a whole matrix, some rows at a time: the difference is never in memory as a whole."""
-    step = max(1, _PIECE // max(1, matrix.shape[1]))
-    for start in range(0, len(matrix), step):
-        stop = min(start + step, len(matrix))
+    """Add to a whole matrix."""
+    for start, stop in row_ranges(*matrix.shape):
         add(start, stop, matrix[start:stop])
 
 

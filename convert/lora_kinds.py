@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import Tensor
+from glassine.convert.tiles import product
 from glassine.errors import ConversionError
 
 Float = NDArray[np.float32]
@@ -89,7 +90,7 @@ def lora(t: Tensors) -> Delta:
 
     def open_rows() -> Rows:
         a, b = t.read("down").reshape(down[0], -1), t.read("up").reshape(up[0], -1)
-        return lambda start, stop: b[start:stop] @ a
+        return lambda start, stop: product(b[start:stop], a)
 
     return Delta((up[0], *down[1:]), down[0], open_rows)
 
@@ -101,7 +102,7 @@ def _tucker_lora(t: Tensors, down: Shape, up: Shape) -> Delta:
     def open_rows() -> Rows:
         a, b = t.read("down").reshape(down[:2]), t.read("up").reshape(up[:2])
         core = np.einsum("nm...,mj->nj...", t.read("mid"), a).reshape(up[1], -1)
-        return lambda start, stop: b[start:stop] @ core
+        return lambda start, stop: product(b[start:stop], core)
 
     return Delta((up[0], down[1], *mid[2:]), down[0], open_rows)
 
@@ -128,7 +129,7 @@ def _half(t: Tensors, a: str, b: str, core: str) -> Delta:
 
         def open_plain() -> Rows:
             x, y = t.read(a), t.read(b)
-            return lambda start, stop: x[start:stop] @ y
+            return lambda start, stop: product(x[start:stop], y)
 
         return Delta((left[0], right[1]), right[0], open_plain)
     kernel = t.shape(core)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.convert.clone import cloned
+from glassine.convert.clone import cloned, copy_range, write_all
+from glassine.convert.half import all_finite, to_float16, to_float32
 from glassine.convert.index import Place
-from glassine.convert.lora import Adder, Lora
+from glassine.convert.lora import Lora
+from glassine.convert.tiles import row_ranges
 from glassine.errors import ConversionError
 
-_PIECE = 1 << 19  # elements that are read, changed and written at a time
 _WRITERS = 2
 
 
@@ -31,17 +34,19 @@ def write_changed(base: Path, target: Path, places: Sequence[Place], patches: Se
         ConversionError: a weight is no longer finite, or too large for fp16.
         OSError: the disk.
     """
-    changed = [place for place in places if any(place.name in patch.shapes for patch in patches)]
+    over = {place: [patch for patch in patches if place.name in patch.shapes] for place in places}
+    changed = sorted((place for place in places if over[place]), key=lambda place: place.offset)
     is_clone = cloned(base, target)
     with base.open("rb", buffering=0) as old, target.open("r+b" if is_clone else "xb", buffering=0) as new:
         source, out = old.fileno(), new.fileno()
+        size = os.fstat(source).st_size
+        os.ftruncate(out, size)
+        work = [(place.offset, partial(_rewrite, source, out, place, over[place])) for place in changed]
         if not is_clone:
-            os.ftruncate(out, os.fstat(source).st_size)
-            for start, stop in _between(changed, os.fstat(source).st_size):
-                _copy_range(source, out, start, stop)
+            work += [(start, partial(copy_range, source, out, start, stop)) for start, stop in _between(changed, size)]
         with ThreadPoolExecutor(_WRITERS) as pool:
-            over = [[patch for patch in patches if place.name in patch.shapes] for place in changed]
-            jobs = [pool.submit(_rewrite, source, out, *job) for job in zip(changed, over, strict=True)]
+            # In the file's order: while one thread computes, the other copies.
+            jobs = [pool.submit(job) for _, job in sorted(work, key=lambda work: work[0])]
             try:
                 for job in jobs:
                     job.result()
@@ -52,9 +57,9 @@ def write_changed(base: Path, target: Path, places: Sequence[Place], patches: Se
 
 
 def _between(places: Sequence[Place], size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of a file that no place covers."""
+    """The ranges of a file that no place covers; the places are in its order."""
     at = 0
-    for place in sorted(places, key=lambda place: place.offset):
+    for place in places:
         if place.offset > at:
             yield at, place.offset
         at = max(at, place.offset + place.nbytes)
@@ -62,49 +67,30 @@ def _between(places: Sequence[Place], size: int) -> Iterator[tuple[int, int]]:
         yield at, size
 
 
-def _copy_range(source: int, out: int, start: int, stop: int) -> None:
-    while start < stop:
-        piece = os.pread(source, min(stop - start, 1 << 22), start)
-        if not piece:
-            raise OSError(errno.EIO, "the file became shorter while it was read")
-        _put(out, piece, start)
-        start += len(piece)
-
-
 def _rewrite(source: int, out: int, place: Place, patches: Sequence[Lora]) -> None:
-    """Write one record: piece by piece where every patch adds to the rows it is given, as a whole where one cannot."""
-    rows, columns = place.shape[0] if place.shape else 1, 1
-    columns = place.nbytes // np.dtype(place.dtype).itemsize // max(rows, 1)
+    """Write one record: some rows at a time where every patch adds to what it is given, as a whole where one cannot."""
+    rows, columns = place.shape[0] if place.shape else 1, math.prod(place.shape[1:])
     adders = [patch.adder(place.name) for patch in patches]
-    step = max(1, _PIECE // max(columns, 1)) if None not in adders else rows
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    if None in adders:
+        values = _read(source, place, 0, rows * columns)
+        for patch in patches:
+            values = patch.apply(place.name, values.reshape(place.shape))
+        write_all(out, _stored(place, patches, values), place.offset)
+        return
+    for start, stop in row_ranges(rows, columns):
         values = _read(source, place, start * columns, stop * columns)
-        if step == rows:
-            values = _applied(place, patches, values)
-        else:
-            _add(adders, start, stop, values.reshape(stop - start, columns))
-        _put(out, _stored(place, patches, values), place.offset + start * columns * np.dtype(place.dtype).itemsize)
-
-
-def _applied(place: Place, patches: Sequence[Lora], values: NDArray[np.float32]) -> NDArray[np.float32]:
-    weight = values.reshape(place.shape)
-    for patch in patches:
-        weight = patch.apply(place.name, weight)
-    return weight.reshape(-1)
-
-
-def _add(adders: Sequence[Adder | None], start: int, stop: int, values: NDArray[np.float32]) -> None:
-    for add in adders:
-        assert add is not None
-        add(start, stop, values)
+        for add in adders:
+            assert add is not None
+            add(start, stop, values.reshape(-1, columns))
+        at = place.offset + start * columns * np.dtype(place.dtype).itemsize
+        write_all(out, _stored(place, patches, values), at)
 
 
 def _read(source: int, place: Place, start: int, stop: int) -> NDArray[np.float32]:
     """The elements [start, stop) as the source had them, without the scale: float32, writable."""
     size = np.dtype(place.dtype).itemsize
     stored = np.frombuffer(os.pread(source, (stop - start) * size, place.offset + start * size), place.dtype)
-    values = stored.astype(np.float32)
+    values = to_float32(stored) if stored.dtype == np.float16 else stored.astype(np.float32)
     if values.size != stop - start:
         raise OSError(errno.EIO, "the file became shorter while it was read")
     if place.scale != 1.0:
@@ -116,8 +102,8 @@ def _stored(place: Place, patches: Sequence[Lora], values: NDArray[np.float32]) 
     """The record's own form: scaled, rounded, and refused where it is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = values if place.scale == 1.0 else values * np.float32(place.scale)
-        stored = np.ascontiguousarray(scaled, dtype=place.dtype)
-    if not _all_finite(stored):
+    stored = to_float16(scaled) if place.dtype == "float16" else scaled
+    if not all_finite(stored):
         origins = " with ".join(patch.origin(place.name) for patch in patches)
         worst = float(np.abs(values).max())
         raise ConversionError(
@@ -125,17 +111,3 @@ def _stored(place: Place, patches: Sequence[Lora], values: NDArray[np.float32]) 
             "lower the strength, or use another copy of the LoRA"
         )
     return stored.reshape(-1).view(np.uint8).data
-
-
-def _all_finite(stored: NDArray[np.generic]) -> bool:
-    """Read off the exponent bits of float16, which is several times faster than isfinite."""
-    if stored.dtype != np.float16:
-        return bool(np.isfinite(stored).all())
-    return bool((stored.view(np.uint16) & np.uint16(0x7C00)).max(initial=0) < 0x7C00)
-
-
-def _put(out: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(out, view, offset)
-        view, offset = view[written:], offset + written
