@@ -1,15 +1,14 @@
 """LoRA and its kin as patches over a model's weights, merged in float32 while they stream into the packages.
 
-LoRA, LoCon, LoHa, LoKr, DoRA, full differences, norms, OFT, in the spellings of kohya, diffusers, PEFT and ComfyUI; any
-number, each with a strength for the UNet and one for the text encoders. A key that changes nothing here is an error:
-half a LoRA draws something its author never saw.
+LoRA, LoCon, LoHa, LoKr, DoRA, GLoRA, full differences, norms, (IA)3, OFT, BOFT, in the spellings of kohya, diffusers,
+PEFT and ComfyUI; any number, each with a strength for the UNet and one for the text encoders. A key that changes
+nothing here is an error: half a LoRA draws something its author never saw.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import Checkpoint, Tensor, open_checkpoint, shorten
-from glassine.convert.lora_kinds import BIASES, Delta, Float, Tensors, delta_of, rescaled, rotated
+from glassine.convert.lora_kinds import BIASES, Delta, Float, Tensors, delta_of, rescaled
 from glassine.convert.lora_names import Module, Spellings, split_key
+from glassine.convert.lora_settings import Settings
+from glassine.convert.lora_transforms import Transform, bias_factors, transform_of
 from glassine.convert.tiles import row_ranges
 from glassine.convert.weights import Patched, WeightSource
 from glassine.errors import ConversionError
 
 Adder = Callable[[int, int, Float], None]  # adds to the rows [start, stop) of a weight, given as a matrix
-_OFT = ("oft_blocks", "rescale", "alpha")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def _changes(checkpoint: Checkpoint, file: LoraFile, parts: Mapping[Any, Shaped]
     changes: dict[Module, dict[str, Tensor]] = {}
     unmatched: list[str] = []
     for key, tensor in checkpoint.tensors.items():
-        spelt = split_key(key)
+        spelt = _split(key, checkpoint)
         module = spellings.find(spelt[0]) if spelt is not None else None
         if spelt is None or module is None:
             if not (file.text == 0 and key.startswith(("lora_te", "text_encoder"))):
@@ -115,6 +115,12 @@ def _changes(checkpoint: Checkpoint, file: LoraFile, parts: Mapping[Any, Shaped]
     if not changes:
         raise ConversionError(f"{checkpoint.path}: there is nothing in here that changes a model")
     return changes
+
+
+def _split(key: str, checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """`split_key`, and LyCORIS' (IA)3: its vector has the name that a layer's whole weight has elsewhere."""
+    module = key.removesuffix(".weight")
+    return (module, "ia3_w") if f"{module}.on_input" in checkpoint.tensors else split_key(key)
 
 
 def _refuse(checkpoint: Checkpoint, unmatched: list[str], spellings: Spellings, parts: Mapping[Any, Any]) -> None:
@@ -145,9 +151,11 @@ class Lora:
     ) -> None:
         self._path = checkpoint.path
         self._strength = strength
-        self._alphas = _Alphas(checkpoint)
+        self._settings = Settings(checkpoint)
         self._tensors: dict[str, Tensors] = {}
         self._deltas: dict[str, Delta] = {}
+        self._transforms: dict[str, Transform] = {}
+        self._bias_factors: dict[str, Float] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for module, tensors in changes.items():
             t = Tensors(f"{checkpoint.path}: {module}", tensors)
@@ -161,17 +169,17 @@ class Lora:
         for role in BIASES & t.roles:
             self._expect(name in base, t, role, "the model has no such bias")
             self._expect(math.prod(t.shape(role)) == math.prod(base[name]), t, role, f"the bias is {base[name]}")
-        return bool(BIASES & t.roles)
+        module = name.removesuffix(".bias")
+        factors = bias_factors(t, module, base[f"{module}.weight"], self._settings) if name in base else None
+        if factors is not None:
+            self._bias_factors[name] = factors
+        return factors is not None or bool(BIASES & t.roles)
 
     def _takes(self, name: str, t: Tensors, base: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether the tensors change the weight `name`, once their shapes have been held against it."""
-        if "oft_blocks" in t:
-            blocks = t.shape("oft_blocks", 3)
-            fits = blocks[1] == blocks[2] and blocks[0] * blocks[1] == base[name][0]
-            self._expect(fits and t.roles <= {*_OFT, *BIASES}, t, "oft_blocks", f"the weight is {base[name]}")
-            if "rescale" in t:
-                fits = math.prod(t.shape("rescale")) == base[name][0]
-                self._expect(fits, t, "rescale", f"the weight is {base[name]}")
+        transform = transform_of(t, name.removesuffix(".weight"), base[name], self._settings)
+        if transform is not None:
+            self._transforms[name] = transform
             return True
         delta = delta_of(t)
         if delta is None:
@@ -204,8 +212,8 @@ class Lora:
         t = self._tensors[name]
         if name.endswith(".bias"):
             return self._with_bias(t, name, weight)
-        if "oft_blocks" in t:
-            return self._rotated(t, weight)
+        if name in self._transforms:
+            return self._transforms[name](weight, self._strength)
         add = self.adder(name)
         if add is not None:
             _in_pieces(add, np.reshape(weight, (self.shapes[name][0], -1)))
@@ -245,6 +253,8 @@ class Lora:
             delta = self._deltas.get(f"{name.removesuffix('.bias')}.weight")
             scale = self._scale(t, delta, name) if role == "up_bias" and delta is not None else 1.0
             bias = bias + np.float32(self._strength * scale) * t.read(role).reshape(bias.shape)
+        if name in self._bias_factors:
+            bias = bias * (1 + np.float32(self._strength) * (self._bias_factors[name] - 1))
         return bias
 
     def _scale(self, t: Tensors, delta: Delta, name: str) -> float:
@@ -252,14 +262,8 @@ class Lora:
         if delta.rank is None:
             return 1.0
         if "alpha" not in t:
-            return self._alphas.scale(name.rpartition(".")[0], delta.rank)
-        return self._alpha(t) / delta.rank
-
-    def _alpha(self, t: Tensors) -> float:
-        values = t.read("alpha").reshape(-1)
-        if values.size != 1 or not np.isfinite(values[0]):
-            raise ConversionError(f'{self._path}: tensor "{t.key("alpha")}" is no number: {values[:4]}')
-        return float(values[0])
+            return self._settings.scale(name.rpartition(".")[0], delta.rank)
+        return t.alpha(0.0) / delta.rank
 
     def _dora(self, t: Tensors, delta: Delta, name: str, flat: Float) -> Float:
         """W + m (V / |V| * magnitude - W) with V = W + s * delta."""
@@ -274,15 +278,6 @@ class Lora:
             raise ConversionError(f'{self._path}: tensor "{t.key(role)}" {shape} does not fit a weight {delta.shape}')
         target = rescaled(moved.reshape(rows, columns, -1), t.read(role).reshape(-1), by_columns).reshape(flat.shape)
         return np.asarray(flat + np.float32(self._strength) * (target - flat))
-
-    def _rotated(self, t: Tensors, weight: Float) -> Float:
-        """W + m (rescale * Rt W - W)."""
-        flat = weight.reshape(weight.shape[0], -1)
-        constraint = self._alpha(t) * weight.shape[0] if "alpha" in t else 0.0
-        target = rotated(flat, t.read("oft_blocks"), constraint)
-        if "rescale" in t:
-            target *= t.read("rescale").reshape(-1, 1)
-        return np.asarray(flat + np.float32(self._strength) * (target - flat)).reshape(weight.shape)
 
 
 def _in_pieces(add: Adder, matrix: Float) -> None:
@@ -314,47 +309,3 @@ def _squeezed(shape: tuple[int, ...]) -> list[int]:
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
-
-
-class _Alphas:
-    """Alphas that are not tensors: in diffusers' header, or in the adapter_config.json beside PEFT's own files."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._configs = list(_configs(checkpoint))
-
-    def scale(self, module: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) where rank-stabilised (arXiv 2312.03732); 1 where nothing is said."""
-        for config in self._configs:
-            alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", config.get("alpha")))
-            if isinstance(alpha, (int, float)) and math.isfinite(alpha):
-                return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
-        return 1.0
-
-
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    """PEFT's pattern is the end of a module's name. (It may be a regular expression; none from a stranger is run.)"""
-    for name, value in patterns.items() if isinstance(patterns, dict) else ():
-        if module == name or module.endswith(f".{name}"):
-            return value
-    return default
-
-
-def _configs(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
-    text = checkpoint.metadata.get("lora_adapter_metadata")
-    where = f"{checkpoint.path}: lora_adapter_metadata"
-    beside = checkpoint.path.parent / "adapter_config.json"
-    from_peft = any(key.startswith("base_model.model.") for key in checkpoint.tensors)
-    try:
-        if text is None and from_peft and beside.is_file():
-            where, text = str(beside), beside.read_text(encoding="utf-8")
-        if text is None:
-            return
-        said = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{where} cannot be read ({error}); its strength would be wrong") from None
-    if not isinstance(said, dict):
-        raise ConversionError(f"{where} is no JSON object; its strength would be wrong")
-    parts = {key.partition(".")[0] for key in said if key.startswith(("unet.", "text_encoder"))}
-    yield from ({key[len(part) + 1 :]: said[key] for key in said if key.startswith(f"{part}.")} for part in parts)
-    if not parts:
-        yield said

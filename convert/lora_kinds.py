@@ -4,8 +4,8 @@ W' = W + m * s * delta, with the user's strength m and the file's own scale s = 
 as rows of the weight laid out as a matrix (out, in * kernel), so that a big weight is changed a piece at a time.
 
 LoRA: Hu et al. 2021, arXiv 2106.09685. LoHa: Hyeon-Woo et al. 2021, arXiv 2108.06098. LoKr and the convolutional forms:
-Yeh et al. 2023 (LyCORIS), arXiv 2309.14859. DoRA: Liu et al. 2024, arXiv 2402.09353. OFT: Qiu et al. 2023, arXiv
-2306.07280.
+Yeh et al. 2023 (LyCORIS), arXiv 2309.14859. DoRA: Liu et al. 2024, arXiv 2402.09353. What changes a weight by what the
+weight is, is in `lora_transforms.py`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,28 @@ class Tensors:
         """The values, float32, in their shape."""
         tensor = self._tensors[role]
         return tensor.read().astype(np.float32).reshape(tensor.shape)
+
+    def alpha(self, default: float) -> float:
+        """The file's alpha for this module, or `default` where it has none."""
+        if "alpha" not in self:
+            return default
+        values = self.read("alpha").reshape(-1)
+        if values.size != 1 or not np.isfinite(values[0]):
+            tensor = self._tensors["alpha"]
+            raise ConversionError(f'{tensor.path}: tensor "{tensor.key}" is no number: {values[:4]}')
+        return float(values[0])
+
+    def under(self, **roles: str) -> Tensors:
+        """Some of the tensors, under other roles: `under(down="b2")`."""
+        return Tensors(self.module, {role: self._tensors[own] for role, own in roles.items()})
+
+    def expect_fit(self, condition: bool, role: str, weight: Shape) -> None:
+        """Raise for a tensor that does not fit the weight it changes."""
+        if not condition:
+            tensor = self._tensors[role]
+            raise ConversionError(
+                f'{tensor.path}: tensor "{tensor.key}" has shape {tensor.shape}, but the weight is {weight}'
+            )
 
     def expect(self, condition: bool, *roles: str) -> None:
         """Raise for tensors whose shapes do not belong together."""
@@ -216,8 +238,8 @@ def delta_of(t: Tensors) -> Delta | None:
     if not roles:
         return None
     raise ConversionError(
-        f"{t.module}: the keys {', '.join(sorted(t.key(role) for role in roles))} make no LoRA, LoHa, LoKr, full "
-        "difference or OFT; the file is incomplete or of a kind that Glassine does not know"
+        f"{t.module}: the keys {', '.join(sorted(t.key(role) for role in roles))} make no LoRA, LoHa, LoKr, GLoRA, "
+        "full difference, (IA)3, OFT or BOFT; the file is incomplete or of a kind that Glassine does not know"
     )
 
 
@@ -232,22 +254,3 @@ def rescaled(weight: Float, magnitude: Float, by_columns: bool) -> Float:
     wanted = magnitude.reshape(1, -1, 1) if by_columns else magnitude.reshape(-1, 1, 1)
     # A row of zeros has no direction to scale: it stays.
     return np.asarray(weight * np.divide(wanted, norm, out=np.ones_like(norm), where=norm > 0), np.float32)
-
-
-def rotated(weight: Float, blocks: Float, constraint: float) -> Float:
-    """OFT: rotate the rows of `weight` (out, in * kernel) block by block.
-
-    Q = B - Bt is scaled down to the Frobenius norm `constraint` (0: no limit), R = (I + Q)(I - Q)^-1 is orthogonal
-    (Cayley), and the rows of each block become Rt times them.
-
-    Args:
-        blocks: (n, b, b) with n * b = out.
-    """
-    q = (blocks - blocks.transpose(0, 2, 1)).astype(np.float64)
-    norm = float(np.sqrt(np.square(q).sum()))
-    if 0 < constraint < norm:
-        q *= constraint / norm
-    identity = np.eye(q.shape[1])
-    rotation = (identity + q) @ np.linalg.inv(identity - q)
-    parts = weight.reshape(q.shape[0], q.shape[1], -1)
-    return np.asarray(rotation.transpose(0, 2, 1).astype(np.float32) @ parts, np.float32).reshape(weight.shape)

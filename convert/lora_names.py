@@ -40,6 +40,9 @@ _ENDINGS = {
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{"diff": "diff", "w_norm": "diff", "diff_b": "bias", "b_norm": "bias"},
     **{"oft_blocks": "oft_blocks", "rescale": "rescale"},
+    **{f"{name}.weight": name for name in ("a1", "a2", "b1", "b2", "bm")},
+    **{"oft_R.weight": "oft_R", "oft_r": "oft_r", "oft_s": "oft_s", "boft_R": "boft_R", "boft_s": "boft_s"},
+    **{"ia3_l": "ia3_l", "on_input": "on_input"},
 }
 # LDM's names of the UNet's blocks, and patterns of the canonical ones: the lines of the converter read backwards.
 _UNET_TARGETS = [

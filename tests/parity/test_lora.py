@@ -9,7 +9,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from peft.tuners.boft.layer import Linear as BoftLinear
 from safetensors.torch import save_file
 
 from glassine.convert.lora import LoraFile, with_loras
@@ -113,3 +123,60 @@ def test_peft_folders(config, networks, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"]
     fused = networks.state(wrapped.merge_and_unload())
     compare(networks, network, tmp_path / "adapter_model.safetensors", fused)
+
+
+def near_one(module, *words):
+    """Random values around those that leave a weight as it is."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if any(word in name for word in words):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OFTConfig(oft_block_size=8, target_modules=LAYERS, use_cayley_neumann=False),
+        OFTConfig(oft_block_size=8, target_modules=LAYERS, block_share=True),
+        *(OFTConfig(oft_block_size=4, target_modules=["to_q"], num_cayley_neumann_terms=n) for n in (2, 3, 4, 7)),
+        OFTConfig(oft_block_size=16, target_modules=["to_q", "to_k"], coft=True, eps=0.05, use_cayley_neumann=False),
+        OFTConfig(oft_block_size=24, target_modules=CONVOLUTIONS),
+        BOFTConfig(boft_block_size=8, target_modules=LAYERS),
+        BOFTConfig(boft_block_size=12, target_modules=["conv1"]),
+        IA3Config(target_modules=[*LAYERS, "conv1", "conv2"], feedforward_modules=["ff.net.2", "conv2"]),
+    ],
+    ids=["oft", "oft-shared", *(f"oft-{n}-terms" for n in (2, 3, 4, 7)), "oft-constrained", "oft-conv",
+         "boft", "boft-conv", "ia3"],
+)  # fmt: skip
+def test_peft_rotations_and_scalings(config, networks, tmp_path):
+    _, network = networks.unet("sd1")
+    wrapped = get_peft_model(copy.deepcopy(network), config)
+    near_one(wrapped, "oft_R", "boft_R", "boft_s", "ia3_l")
+    wrapped.save_pretrained(tmp_path)
+    fused = networks.state(wrapped.merge_and_unload())
+    compare(networks, network, tmp_path / "adapter_model.safetensors", fused)
+
+
+@pytest.mark.parametrize(("stages", "count", "size"), [(2, 4, 4), (3, 8, 4), (2, 6, 8)])
+def test_peft_butterflies_of_several_stages(stages, count, size, checkpoints, tmp_path):
+    """PEFT trains them with a CUDA extension alone; its own orders and rotations make the matrices here."""
+    columns = count * size
+    layer = BoftLinear(torch.nn.Linear(columns, 8), "default", BOFTConfig(boft_block_size=size))
+    rng = np.random.default_rng(1)
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = rng.standard_normal((8, columns)).astype(np.float32)
+    blocks, factors = (0.4 * rng.standard_normal((stages, count, size, size)), 1 + 0.1 * rng.standard_normal((8, 1)))
+    tensors = {f"base_model.model.{name}.boft_R": blocks, f"base_model.model.{name}.boft_s": factors}
+    path = checkpoints.write_safetensors(tmp_path / "b.safetensors", tensors, dtype="F32")
+    whole = torch.eye(columns, dtype=torch.float64)
+    for i in range(stages):
+        order = layer.block_butterfly_perm(columns, count >> i, size // 2, stages - 1)
+        swap = layer.perm2mat(order).double()
+        rotated = layer.cayley_batch(torch.from_numpy(blocks[i].astype(np.float32)))
+        whole = swap @ torch.block_diag(*rotated.double()) @ swap.T @ whole
+    expected = (whole.numpy() @ weight.T.astype(np.float64)).T * factors
+    stack = with_loras({"unet": Arrays({f"{name}.weight": weight})}, [LoraFile(path)])["unet"]
+    found = stack.read(f"{name}.weight", 0, weight.size).reshape(weight.shape)
+    # measured 4e-7 of the largest value
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
