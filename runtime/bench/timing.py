@@ -12,18 +12,21 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glassine.errors import EngineError
+from glassine.runtime.bench.chips import Peak
+from glassine.runtime.bench.statistics import quartiles
 from glassine.runtime.engine import EngineOptions, Realised
 from glassine.runtime.engine.child import Words, child
 from glassine.runtime.engine.contract import engine_name
 
 CHILD: tuple[str, ...] = (sys.executable, "-m", "glassine.runtime.bench.worker")  # tests put their own here
+_START = 600.0  # seconds that Python and its imports may take
 TURN = 5  # timed calls until the next contender's turn
 
 
@@ -138,14 +141,6 @@ class Failure:
     reason: str
 
 
-def quartiles(samples: Sequence[float]) -> tuple[float, float]:
-    """The lower and the upper quartile; the extremes of fewer than four samples."""
-    if len(samples) < 4:
-        return min(samples), max(samples)
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, high
-
-
 def time_engine(subject: Subject, effort: Effort | None = None) -> Timing:
     """Time one network by itself.
 
@@ -190,6 +185,17 @@ def time_in_turns(
     return {name: results[name] for name in contenders}
 
 
+def time_peak(options: EngineOptions) -> Peak:
+    """What the CPU, or the portable engine's device, reaches now, measured in a child.
+
+    Raises:
+        EngineError: it cannot be measured.
+    """
+    device = options.device if options.device is not None else "cpu"
+    with _worker(Subject(packages=(), options=options, name="the machine's peak"), lambda _: None, _START) as ask:
+        return Peak(**ask("measuring", do="peak", device=None if engine_name(options) == "coreml" else device))
+
+
 @contextmanager
 def _contained(results: dict[str, Timing | Failure], name: str) -> Iterator[None]:
     try:
@@ -215,20 +221,20 @@ class _Contender:
             if cache is None:
                 cache = Path(stack.enter_context(_folder()))
             self._tell(f"{self._subject}: loading for the first time")
-            with self._worker(cache) as ask:
+            with _worker(self._subject, self._tell, self._effort.timeout, cache) as ask:
                 self._cold = ask("loading it for the first time", do="load")["seconds"]
         self._tell(f"{self._subject}: loading")
-        self._ask = stack.enter_context(self._worker(cache))
+        self._ask = stack.enter_context(_worker(self._subject, self._tell, self._effort.timeout, cache))
         self._loaded = self._ask("loading it", do="load")
-        self._first = self._run("the first call", 1)["seconds"][0]
+        self._first = self._run("calling it for the first time", 1)["seconds"][0]
         if self._effort.warmup:
-            self._run("warming up", self._effort.warmup)
+            self._run("warming it up", self._effort.warmup)
 
     def turn(self, *, settle: bool) -> None:
         """Make some timed calls."""
         wanted = min(self._effort.turn, self._effort.runs - len(self._samples))
         settling = int(settle and self._effort.turn > 1)
-        answer = self._run("running", settling + wanted)
+        answer = self._run("running it", settling + wanted)
         self._samples += answer["seconds"][settling:]
         self._at += answer["at"][settling:]
         self._stages += answer["stages"][settling:]
@@ -280,33 +286,43 @@ class _Contender:
             )
         return answer
 
-    @contextmanager
-    def _worker(self, cache: Path | None) -> Iterator[Callable[..., Words]]:
-        """Start a child; yields what asks it and returns its answer."""
-        options = self._subject.options
-        how = {
-            name: getattr(options, name) for name in ("engine", "compute_units", "device", "precision", "load_timeout")
-        }
-        job = {**self._subject.job(), "options": how, "core_ml": engine_name(options) == "coreml"}
-        environment = {} if cache is None else {"GLASSINE_CACHE": str(cache.absolute())}
-        with _folder() as place, child([*CHILD, json.dumps(job)], Path(place), environment) as worker:
+
+@contextmanager
+def _worker(
+    subject: Subject, tell: Callable[[str], None], timeout: float, cache: Path | None = None
+) -> Iterator[Callable[..., Words]]:
+    """Start a child; yields what asks it and returns its answer.
+
+    The user's own choices for this machine are hidden from it: what is measured is what was asked for.
+    """
+    options = subject.options
+    how = {name: getattr(options, name) for name in ("engine", "compute_units", "device", "precision", "load_timeout")}
+    job = {**subject.job(), "options": how, "core_ml": engine_name(options) == "coreml"}
+    with _folder() as place:
+        environment = {"GLASSINE_CONFIG": str(Path(place, "nothing-chosen"))}
+        if cache is not None:
+            environment["GLASSINE_CACHE"] = str(cache.absolute())
+        with child([*CHILD, json.dumps(job)], Path(place), environment) as worker:
+
+            def answer(doing: str, timeout: float) -> Words:
+                while True:
+                    try:
+                        answer = worker.answer(timeout)
+                    except TimeoutError:
+                        raise EngineError(f"{subject}: hung: said nothing for {timeout:g} s while {doing}") from None
+                    if answer is None:
+                        raise EngineError(f"{subject}: crashed while {doing} ({worker.ending()})")
+                    if "error" in answer:
+                        raise EngineError(f"{subject}: failed while {doing}: {answer['error']}")
+                    if "tell" not in answer:
+                        return answer
+                    tell(answer["tell"])
 
             def ask(doing: str, **words: Any) -> Words:
                 worker.ask(words)
-                while True:
-                    try:
-                        answer = worker.answer(self._effort.timeout)
-                    except TimeoutError:
-                        silent = f"said nothing for {self._effort.timeout:g} s"
-                        raise EngineError(f"{self._subject}: hung: {silent} while {doing}") from None
-                    if answer is None:
-                        raise EngineError(f"{self._subject}: crashed while {doing} ({worker.ending()})")
-                    if "error" in answer:
-                        raise EngineError(f"{self._subject}: failed while {doing}: {answer['error']}")
-                    if "tell" not in answer:
-                        return answer
-                    self._tell(answer["tell"])
+                return answer(doing, timeout)
 
+            answer("starting", _START)
             yield ask
 
 

@@ -1,8 +1,10 @@
 """The child that is timed: it loads one network, or a whole pipeline, and runs it when it is asked to.
 
+      {"ready": true}                what it needs is imported
 asked {"do": "load"}              -> {"seconds", "realised", "base": bytes before}
       {"do": "run", "times": 5}   -> {"seconds": [...], "at": [...], "stages": [...], "not_finite": [...]}
       {"do": "memory"}            -> {"peak": bytes, "counts": "resident set"}
+      {"do": "peak", "device"}    -> {"tflops", "gigabytes", "source"}
       {"do": "placement", "units"} -> {"placement": {unit: share of the cost}, "source": "plan"}
 
 Times are of this process's clock, around the call alone: neither the message nor the making of the inputs is in them.
@@ -26,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.runtime.bench.memory import peak_memory
+from glassine.runtime.bench.roofline import measured_peak
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.child import Words, answering, leave_out_frameworks
 from glassine.runtime.engine.compose import Chain
@@ -121,6 +124,7 @@ def serve(job: str, *, open_: Open = open_engine, clock: Clock = time.perf_count
         task: Task = Picture(described, options) if "folder" in described else Network(described, options, open_)
         _import(described["core_ml"])
         base, _ = peak_memory()
+        say(ready=True)
         while True:
             words = asked.get()
             if words["do"] == "load":
@@ -132,6 +136,8 @@ def serve(job: str, *, open_: Open = open_engine, clock: Clock = time.perf_count
             elif words["do"] == "memory":
                 peak, counts = peak_memory()
                 say(peak=peak, counts=counts)
+            elif words["do"] == "peak":
+                say(**dataclasses.asdict(measured_peak(words["device"], clock)))
             else:
                 say(**_placement(described, words["units"]))
     except Exception as error:  # whatever it is, it is the parent's to judge

@@ -1,0 +1,22 @@
+"""Children that are timed on a clock of their own, where every delay is known."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from glassine.runtime.bench import timing
+
+STUB = Path(__file__).parents[2] / "support" / "bench_child.py"
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], None]:
+    """plan({"cpu_and_ne": 0.2, "cpu_and_gpu": "killed"}): what the children do; tests/support/bench_child.py."""
+
+    def plant(planned: dict) -> None:
+        monkeypatch.setattr(timing, "CHILD", (sys.executable, str(STUB), json.dumps(planned)))
+
+    return plant
