@@ -27,6 +27,7 @@ from glassine.runtime.denoiser import Conditioning, Denoiser, Guidance, Relay
 from glassine.runtime.image import over_grey
 from glassine.runtime.inputs import Inputs
 from glassine.runtime.loop import Model, Step
+from glassine.runtime.plan import TRANSPARENT
 from glassine.runtime.request import Request
 from glassine.runtime.run import Result, Run
 from glassine.runtime.schedule import NoiseSchedule, Sigmas
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-TRANSPARENT = "transparent"  # the kind that draws one transparent picture
 _GREY_REACH = 24  # of 255: how far from mid-grey a preview's colour must be to count as drawn
 
 

@@ -14,7 +14,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -35,9 +39,10 @@ from glassine.runtime.image import Source
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.latents import encode_image
 from glassine.runtime.layer_run import LayerRun
+from glassine.runtime.plan import TEXT_ENCODERS, Need
 from glassine.runtime.prompt import NetworkTag, without_tags
 from glassine.runtime.request import DEFAULT_STRENGTH, Request
-from glassine.runtime.residency import Residents, Stage, stage_of
+from glassine.runtime.residency import Residents, Wanted
 from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
 from glassine.runtime.tokenizer import Tokenizer
@@ -49,7 +54,6 @@ T = TypeVar("T")
 
 SD1_LATENT_SCALE = 0.18215
 SD1_DECODER_PARAMETERS = 49_490_199  # a decoder of this size is taken for Stable Diffusion's own
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # in the order in which the UNet reads what they make
 _REMEMBERED = 8  # prompts and source pictures whose encodings are kept
 
 
@@ -192,10 +196,16 @@ class Pipeline:
             PackageError: the model has no such part.
             EngineError: its package cannot be loaded.
         """
-        key = role if size is None else f"{role} {_spelled(size)}"
-        chosen = self._chosen(role, size)
-        packages = files_of(self.folder, chosen.part)
-        return self._resident(key, stage_of(role), packages, lambda: _open(packages, chosen))
+        return self._resident(self._wanted(role, size))
+
+    def load_ahead(self, needed: Sequence[Need]) -> None:
+        """Load the parts of a picture in a thread of its own, while the caller works with those before them.
+
+        With little memory nothing is loaded ahead. What cannot be loaded is said where it is needed.
+        """
+        pipes = {False: self, True: self.refiner}
+        found = [(pipes[need.refines], need.role) for need in needed]
+        self.residents.ahead([pipe._wanted(role) for pipe, role in found if pipe is not None])
 
     def rows(self, role: str) -> int:
         """The rows of every call of a UNet: its package's batch.
@@ -205,17 +215,18 @@ class Pipeline:
         """
         return self._chosen(role).part.inputs["sample"][0][0]
 
-    def _resident(self, key: str, stage: Stage, packages: tuple[Path, ...], load: Callable[[], Engine]) -> Engine:
+    def _wanted(self, role: str, size: tuple[int, int] | None = None) -> Wanted:
+        chosen = self._chosen(role, size)
+        packages = files_of(self.folder, chosen.part)
+        key = role if size is None else f"{role} {_spelled(size)}"
+        key = f"refiner {key}" if self._refines else key
+        return Wanted(key, Need(role, self._refines).stage, packages, partial(_open, packages, chosen))
+
+    def _resident(self, wanted: Wanted) -> Engine:
         """Return an engine that is loaded now, and keep what it said when it was."""
-
-        def listen() -> Engine:
-            engine = load()
-            self.notices = tuple(dict.fromkeys((*self.notices, *engine.realised.notices)))
-            return engine
-
-        if self._refines:
-            key, stage = f"refiner {key}", "refine" if stage == "denoise" else stage
-        return self.residents.get(key, stage, packages, listen)
+        engine = self.residents.get(wanted)
+        self.notices = tuple(dict.fromkeys((*self.notices, *engine.realised.notices)))
+        return engine
 
     def package(self, path: Path) -> Engine:
         """Return the engine of a package beside the folder, such as another model's control net; loaded on first use.
@@ -223,7 +234,8 @@ class Pipeline:
         Raises:
             PackageError, EngineError: it is missing, damaged, or cannot be loaded.
         """
-        return self._resident(str(path.resolve()), "denoise", (path,), lambda: open_engine(path, self._options))
+        load = partial(_load, path, self._options)
+        return self._resident(Wanted(str(path.resolve()), "denoise", (path,), load))
 
     def _chosen(self, role: str, size: tuple[int, int] | None = None) -> Chosen:
         """What plays a role, and how it is to run."""
@@ -326,16 +338,24 @@ class Pipeline:
         self.close()
 
 
-def _open(packages: Sequence[Path], chosen: Chosen) -> Engine:
-    """Open the package of a part, or the chunks it is cut into, under Glassine's names."""
+def _open(packages: Sequence[Path], chosen: Chosen, given_up: Event) -> Engine:
+    """Open the package of a part, or the chunks it is cut into, under Glassine's names; all of them or none."""
     function = chosen.part.about.get("function")
-    stages = [
-        open_engine(path, chosen.options) if function is None else open_engine(path, chosen.options, function=function)
-        for path in packages
-    ]
-    engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
-    names = chosen.part.about.get("names")
-    return engine if names is None else Renamed(engine, **names)
+    further = {} if function is None else {"function": function}
+    with ExitStack() as opened:
+        stages = []
+        for path in packages:
+            stages.append(_load(path, chosen.options, given_up, **further))
+            opened.callback(stages[-1].close)
+        engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
+        names = chosen.part.about.get("names")
+        named = engine if names is None else Renamed(engine, **names)
+        opened.pop_all()
+    return named
+
+
+def _load(path: Path, options: EngineOptions, given_up: Event, **further: str) -> Engine:
+    return open_engine(path, replace(options, given_up=given_up.is_set), **further)
 
 
 def _check_refiner(base: Pipeline, refiner: Pipeline) -> None:

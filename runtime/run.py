@@ -23,6 +23,7 @@ from glassine.runtime.inputs import Inputs
 from glassine.runtime.loop import Model, Step, denoising_steps
 from glassine.runtime.metadata import text_chunks
 from glassine.runtime.noise import StepNoise, randn
+from glassine.runtime.plan import Need, needs
 from glassine.runtime.request import Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
 from glassine.runtime.schedule import NoiseSchedule, Sigmas, handover, last_steps, make_sigmas
@@ -87,12 +88,15 @@ class Run:
         self._sampler = choose_sampler(request).on(pipe.schedule)
         self._sigmas = sigmas_of(pipe.schedule, request)
         self._source: Float | None = None
-        if inputs.image is not None and not self._from_noise():
+        changed = inputs.image if not self._from_noise() else None
+        if changed is not None:
             self._sigmas = last_steps(self._sigmas, request.strength)
-            self._source = self._source_latents(inputs.image)
         scheduled = len(self._sigmas) - 1
         self.n = self._table()
         self.steps = scheduled if self.n is None else int(self.n.max())
+        pipe.load_ahead(self._needs())
+        if changed is not None:
+            self._source = self._source_latents(changed)
         self._model, self.notices = self._prepare_model()
         self._generator = self._draw()
         self._seconds["prepare"] = time.perf_counter() - start
@@ -184,12 +188,30 @@ class Run:
     def _prepare_model(self) -> tuple[Model, tuple[str, ...]]:
         """The UNet with both prompts, its refiner behind it, and what there is to say about them."""
         model, notices = self._denoiser(self._pipe)
-        refiner, start = self._pipe.refiner, handover(self._pipe.schedule, self._sigmas, self.request.refine_at)
+        refiner, start = self._pipe.refiner, self._handover()
         if refiner is None or start == len(self._sigmas) - 1:
             return model, (*self._pipe.notices, *self._inputs.notices, *notices)
         refined, said = self._denoiser(refiner)
         further = tuple(notice for notice in said if notice not in notices)
         return Relay(model, refined, start), (*self._pipe.notices, *self._inputs.notices, *notices, *further)
+
+    def _needs(self) -> tuple[Need, ...]:
+        """The parts that this run will use."""
+        pipe, own = self._pipe, self._handover()
+        scheduled = len(self._sigmas) - 1
+        return needs(
+            self.request,
+            self._inputs,
+            pipe.manifest,
+            pipe.size,
+            steps=self.steps,
+            refiner=pipe.refiner.manifest if pipe.refiner is not None and own < scheduled else None,
+            refined=min(self.steps, scheduled - own) if pipe.refiner is not None else 0,
+        )
+
+    def _handover(self) -> int:
+        """The first step that would be a refiner's."""
+        return handover(self._pipe.schedule, self._sigmas, self.request.refine_at)
 
     def _denoiser(self, pipe: Pipeline) -> tuple[Denoiser, tuple[str, ...]]:
         """One UNet with what its branches read."""

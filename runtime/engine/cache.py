@@ -21,6 +21,7 @@ import plistlib
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ PLANS: dict[ComputeUnits, tuple[ComputeUnits, ...]] = {  # what is asked for -> 
 }
 State = Literal["ready", "damaged", "of another system", "of a package that is gone"]
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOLCK, errno.ENOTSUP)
+_GLANCE = 0.1  # seconds between looks at a lock that another process holds
 _SMALL = 1 << 20  # bytes below which a file is hashed every time
 
 
@@ -49,7 +51,7 @@ class Wanted:
     """A package, or a .mlmodelc, and how it is to run.
 
     inputs: what the function reads. timeout: seconds that one unit may take to compile, load and predict once. tell:
-    is given what happens, in words. retry: try units again that failed before.
+    is given what happens, in words. retry: try units again that failed before. given_up: whether nobody waits for it.
     """
 
     package: Path
@@ -59,6 +61,7 @@ class Wanted:
     timeout: float = 900.0
     tell: Callable[[str], None] = lambda words: None
     retry: bool = False
+    given_up: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +158,7 @@ class Cache:
         ready = None if entry is None or wanted.retry else _known(folder, entry, wanted)
         if ready is None:
             folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(key, lambda: wanted.tell(f"{wanted.package.name}: waiting for another process")):
+            with self._locked(key, wanted):
                 folder.mkdir(exist_ok=True)  # `clear` may have been quicker
                 ready = self._tried(folder, wanted)
         with suppress(OSError):
@@ -188,7 +191,7 @@ class Cache:
             OSError: the cache cannot be written.
         """
         try:
-            with self._locked(key, None):
+            with self._locked(key):
                 size = folder_size(self.root / key)
                 shutil.rmtree(self.root / key)
                 return size
@@ -240,7 +243,7 @@ class Cache:
                 inputs=wanted.inputs,
                 timeout=wanted.timeout,
             )
-            return attempt(job, wanted.tell)
+            return attempt(job, wanted.tell, wanted.given_up)
         finally:
             shutil.rmtree(workshop, ignore_errors=True)
 
@@ -269,8 +272,12 @@ class Cache:
             )
 
     @contextmanager
-    def _locked(self, key: str, waiting: Callable[[], None] | None) -> Iterator[None]:
-        """Hold the lock of one entry; where it is held, call `waiting` and wait, or raise BlockingIOError if None."""
+    def _locked(self, key: str, wanted: Wanted | None = None) -> Iterator[None]:
+        """Hold the lock of one entry; where another process holds it, wait, or raise BlockingIOError: nothing wanted.
+
+        Raises:
+            EngineError: waiting was given up.
+        """
         import fcntl  # Unix only, as Core ML is; listing an empty cache works anywhere
 
         locks = self.root / "locks"
@@ -280,10 +287,10 @@ class Cache:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if waiting is None:
+                if wanted is None:
                     raise
-                waiting()
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                wanted.tell(f"{wanted.package.name}: waiting for another process")
+                _wait(lock, wanted)
             yield
         finally:
             os.close(lock)
@@ -315,6 +322,18 @@ class Cache:
                 known.parent.mkdir(parents=True, exist_ok=True)
                 _write(known, digest.hexdigest())
         return digest.hexdigest()
+
+
+def _wait(lock: int, wanted: Wanted) -> None:
+    import fcntl
+
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wanted.given_up():
+                raise EngineError(f"{wanted.package}: given up while another process compiled it") from None
+            time.sleep(_GLANCE)
 
 
 def folder_size(folder: Path) -> int:

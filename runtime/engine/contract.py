@@ -54,7 +54,8 @@ class EngineOptions:
     precision: for the portable engine; "fp16" rounds after every operation as the Neural Engine does.
     load_timeout: seconds that Core ML may take to load a package on one choice of compute units, before the next is
     tried. tell: is given what Core ML is doing, in words, when a package is loaded for the first time: it can take
-    minutes. low_memory: a pipeline keeps only the parts loaded that one stage of a picture needs.
+    minutes. low_memory: a pipeline keeps only the parts loaded that one stage of a picture needs. given_up: says that
+    nobody waits for the package any more that is being loaded; then Core ML is not waited for either.
     """
 
     engine: EngineName = "auto"
@@ -64,6 +65,7 @@ class EngineOptions:
     load_timeout: float = 900.0
     low_memory: bool = False
     tell: Callable[[str], None] | None = field(default=None, compare=False)
+    given_up: Callable[[], bool] = field(default=lambda: False, compare=False)
 
 
 class Engine(Protocol):

@@ -121,6 +121,7 @@ def _wanted(package: Path, interface: Interface, options: EngineOptions, functio
         function=function,
         timeout=options.load_timeout,
         tell=options.tell if options.tell is not None else lambda words: None,
+        given_up=options.given_up,
     )
 
 

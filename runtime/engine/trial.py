@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from glassine.errors import EngineError
 from glassine.runtime.engine.child import answering, child, leave_out_frameworks
 from glassine.runtime.engine.contract import TensorSpec
 
@@ -35,6 +36,7 @@ TRIAL: tuple[str, ...] = (
 UNITS = {"all": "ALL", "cpu_and_ne": "CPU_AND_NE", "cpu_and_gpu": "CPU_AND_GPU", "cpu_only": "CPU_ONLY"}
 _DOING = {"start": "starting", "compile": "compiling", "load": "loading", "predict": "predicting once"}
 _HEARTBEAT = 15.0  # seconds of silence after which a person is told that it still works
+_GLANCE = 0.2  # seconds between looks at whether anybody waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,30 +70,39 @@ class Trial:
         return self.ending == "passed"
 
 
-def attempt(job: Job, tell: Callable[[str], None]) -> Trial:
+def attempt(job: Job, tell: Callable[[str], None], given_up: Callable[[], bool] = lambda: False) -> Trial:
     """Run the job in a child and watch it; the child is gone when this returns.
 
     Args:
         tell: is given what the child is doing, in words, at every stage and every 15 seconds.
+        given_up: whether nobody waits for it any more.
+
+    Raises:
+        EngineError: it was given up.
     """
     started = time.perf_counter()
+    told = 0.0
     stage: Stage = "start"
     with child([*TRIAL, json.dumps(dataclasses.asdict(job), default=str)], job.workshop) as watched:
         while True:
             left = job.timeout - (time.perf_counter() - started)
             try:
-                answer = watched.answer(min(_HEARTBEAT, left))
+                answer = watched.answer(min(_GLANCE, left))
             except TimeoutError:
                 seconds = time.perf_counter() - started
                 if seconds >= job.timeout:
                     return Trial(stage=stage, ending="hung", reason=f"no answer in {job.timeout:g} s", seconds=seconds)
-                tell(f"{job.package.name}: still {_DOING[stage]} on {job.units.lower()} ({seconds:.0f} s)")
+                if given_up():
+                    raise EngineError(f"{job.package}: given up while {_DOING[stage]} on {job.units.lower()}") from None
+                if seconds - told >= _HEARTBEAT:
+                    told = seconds
+                    tell(f"{job.package.name}: still {_DOING[stage]} on {job.units.lower()} ({seconds:.0f} s)")
                 continue
             seconds = time.perf_counter() - started
             if answer is None:
                 return Trial(stage=stage, ending="crashed", reason=watched.ending(), seconds=seconds)
             if "stage" in answer:
-                stage = answer["stage"]
+                stage, told = answer["stage"], seconds
                 tell(f"{job.package.name}: {_DOING[stage]} on {job.units.lower()}")
                 continue
             return _result(answer, stage, seconds)

@@ -14,6 +14,7 @@ from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.noise import randn
 from glassine.runtime.pipeline import Pipeline
 from glassine.runtime.request import Request
+from glassine.runtime.residency import Residents
 
 SIDE = 64
 
@@ -238,3 +239,36 @@ def test_what_engines_say_when_they_are_loaded_reaches_the_result(pipe, picture)
     run = pipe.run(request, read_inputs(picture, MapSource(map="gradient:left-right"), *pipe.size))
     assert run.notices == ("vae_encoder was loaded", "text_encoder was loaded")
     assert run.finish().notices == (*run.notices, "unet was loaded", "vae_decoder was loaded")
+
+
+def order_of(pipe, request, inputs, monkeypatch):
+    """What is planned, and what is used first, second ..."""
+    planned, used = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(Residents, "ahead", lambda self, wanted: planned.extend(one.key for one in wanted))
+        get = Residents.get
+        patch.setattr(Residents, "get", lambda self, wanted: (used.append(wanted.key), get(self, wanted))[1])
+        pipe.run(request, inputs).finish()
+    return planned, list(dict.fromkeys(used))
+
+
+@pytest.mark.parametrize(
+    ("settings", "change_map", "drawn_from"),
+    [
+        ({}, None, "noise"),
+        ({"guidance_scale": 1.0}, None, "noise"),
+        ({"strength": 0.5}, None, "picture"),
+        ({"strength": 0.9}, None, "picture"),
+        ({}, "gradient:left-right", "picture"),
+        ({"refine_at": 1.0}, "gradient:left-right", "picture"),
+        ({}, np.zeros((SIDE, SIDE), np.float32), "picture"),
+    ],
+)
+def test_the_plan_is_what_is_used_in_that_order(
+    pipe, tiny_folder, monkeypatch, picture, settings, change_map, drawn_from
+):
+    with Pipeline.load(tiny_folder, refiner=tiny_folder) as both:
+        source = picture if drawn_from == "picture" else None
+        inputs = read_inputs(source, MapSource(map=change_map), *both.size)
+        planned, used = order_of(both, Request(prompt="a boat", steps=6, **settings), inputs, monkeypatch)
+    assert planned == used

@@ -8,8 +8,8 @@ from glassine.runtime import pipeline
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.inputs import MapSource, read_inputs
 from glassine.runtime.pipeline import Pipeline
+from glassine.runtime.plan import stage_of
 from glassine.runtime.request import Request
-from glassine.runtime.residency import stage_of
 
 
 @pytest.fixture
