@@ -39,7 +39,7 @@ def cut(lowered: Lowered, count: int | None = None, between: Sequence[int] = ())
     Raises:
         ConversionError: it cannot be cut into so many.
     """
-    if count == 1:
+    if count == 1 or (count is None and not between and lowered.plan.file_size <= LIMIT):
         return [lowered]
     graph = _Graph(lowered)
     total = int(graph.weight_bytes.sum())

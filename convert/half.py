@@ -6,6 +6,8 @@ steps that it does vectorise are several times faster. Blocks stay in the proces
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -64,6 +66,17 @@ def to_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
         sign = np.bitwise_and(part.view(np.int16)[1::2], _SIGN, out=exponents.view(np.int16)[: part.size])
         np.bitwise_or(out, sign, out=out)
     return halves
+
+
+def cast(values: NDArray[np.floating[Any]], dtype: str, scale: float = 1.0) -> NDArray[np.floating[Any]]:
+    """Return `values`, contiguous, as `dtype` ("float16" or "float32"); times `scale` in float32 if that is not 1."""
+    if values.dtype == np.float16 and (scale != 1.0 or dtype == "float32"):
+        values = to_float32(values, scale)
+    elif scale != 1.0:
+        values = values.astype(np.float32) * np.float32(scale)
+    if values.dtype == np.float32 and dtype == "float16":
+        return to_float16(values)
+    return values.astype(dtype, copy=False)
 
 
 def all_finite(values: NDArray[np.generic]) -> bool:

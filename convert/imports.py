@@ -13,12 +13,12 @@ from types import ModuleType
 
 _FRAMEWORKS = (
     *("torch", "torchvision", "torchaudio", "torchao", "executorch", "transformers"),
-    *("tensorflow", "sklearn", "xgboost", "libsvm"),
+    *("tensorflow", "sklearn", "scipy", "xgboost", "libsvm"),
 )
 
 
 def import_coremltools() -> None:
-    """Import coremltools, hiding PyTorch, scikit-learn, TensorFlow and their kind from it while it loads.
+    """Import coremltools, hiding PyTorch, scikit-learn, SciPy, TensorFlow and their kind from it while it loads.
 
     On import coremltools tries each of them for its converters, which takes seconds and hundreds of megabytes where
     they are installed, and offers no setting against it. Only this one import is affected: the frameworks themselves

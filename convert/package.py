@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import open_weights
 from glassine.convert.clone import clone_or_copy, link_or_copy, write_all
-from glassine.convert.half import all_finite
+from glassine.convert.half import all_finite, cast
 from glassine.convert.palettize import encode
 from glassine.convert.program import ALIGNMENT, BLOB_DTYPES, Encoded, Lowered, Plan, Record, Weight, bits_of
 from glassine.convert.weights import Span, WeightSource
@@ -259,8 +259,7 @@ def _computed(record: Record, weight: Weight, weights: WeightSource) -> Iterator
     for start in range(0, count, step):
         stored = weights.read(weight.name, start, min(start + step, count))
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = stored if weight.scale == 1.0 else stored.astype(np.float32) * np.float32(weight.scale)
-            values = np.ascontiguousarray(scaled, dtype=record.dtype)
+            values = cast(np.ascontiguousarray(stored), record.dtype, weight.scale)
         if not all_finite(values):
             _explain(record, weights, stored, values, start)
         yield values.view(np.uint8).data, start * size

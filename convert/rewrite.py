@@ -90,7 +90,7 @@ def _read(source: int, place: Place, start: int, stop: int) -> NDArray[np.float3
     """The elements [start, stop) as the source had them, without the scale: float32, writable."""
     size = np.dtype(place.dtype).itemsize
     stored = np.frombuffer(os.pread(source, (stop - start) * size, place.offset + start * size), place.dtype)
-    values = to_float32(stored) if stored.dtype == np.float16 else stored.astype(np.float32)
+    values = to_float32(stored) if stored.dtype == np.float16 else np.array(stored)
     if values.size != stop - start:
         raise OSError(errno.EIO, "the file became shorter while it was read")
     if place.scale != 1.0:

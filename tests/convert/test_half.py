@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from glassine.convert.half import all_finite, to_float16, to_float32
+from glassine.convert.half import all_finite, cast, to_float16, to_float32
 
 EVERY = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 FINITE = EVERY[np.isfinite(EVERY)]
@@ -68,3 +68,12 @@ def test_finite_is_finite(dtype):
     for bad in (np.nan, np.inf, -np.inf):
         values[500] = bad
         assert not all_finite(values)
+
+
+@pytest.mark.parametrize("scale", [1.0, 40**-0.5])
+@pytest.mark.parametrize("to", ["float16", "float32"])
+@pytest.mark.parametrize("source", [np.float16, np.float32, np.float64])
+def test_casts_are_numpys(source, to, scale):
+    values = (0.02 * RNG.standard_normal(70_000)).astype(source)
+    exact = values if scale == 1.0 else values.astype(np.float32) * np.float32(scale)
+    assert same_bits(cast(values, to, scale), exact.astype(to))

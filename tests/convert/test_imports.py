@@ -18,7 +18,7 @@ level = logging.getLogger("coremltools").level
 from glassine.convert.imports import import_coremltools
 finders = list(sys.meta_path)
 import_coremltools()
-assert not {"torch", "sklearn", "transformers", "tensorflow", "xgboost"} & set(sys.modules)
+assert not {"torch", "sklearn", "scipy", "transformers", "tensorflow", "xgboost"} & set(sys.modules)
 assert sys.meta_path == finders
 assert logging.getLogger("coremltools").level == level
 import coremltools as ct
