@@ -1,0 +1,333 @@
+"""A model folder, measured: every part on every choice of compute units, then whole pictures.
+
+folder -> subjects, by role -> timings in turns -> figures, beside what the machine could do -> Report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glassine import __version__
+from glassine.errors import GlassineError, PackageError, RequestError
+from glassine.manifest import Part
+from glassine.runtime.bench.chips import Peak, published_peak
+from glassine.runtime.bench.condition import condition, doubts, machine_record
+from glassine.runtime.bench.energy import Meter, mean_watts
+from glassine.runtime.bench.model import model_digest, packages_of, parts_of, weight_bytes
+from glassine.runtime.bench.report import Figures, Json, Measured, Report
+from glassine.runtime.bench.roofline import Work, position, work_of
+from glassine.runtime.bench.settings import Settings
+from glassine.runtime.bench.statistics import ratio_of_medians
+from glassine.runtime.bench.timing import Effort, Failure, Pictures, Subject, Timing, time_in_turns, time_peak
+from glassine.runtime.engine import EngineOptions
+from glassine.runtime.engine.contract import COMPILED, engine_name
+from glassine.runtime.foreign import read_model
+from glassine.runtime.machine import Machine, this_machine
+from glassine.runtime.request import Request
+
+PICTURE = "picture"
+NEEDED = ("text_encoder", "unet", "vae_decoder")  # for a whole picture; SDXL's refiner has text_encoder_2 alone
+_IDLE = 3.0  # seconds in which the machine's power is measured before anything runs
+_HELD = 3  # times its weights that a loaded network may hold
+Tell = Callable[[str], None]
+
+
+def bench(folder: Path, settings: Settings, tell: Tell) -> Report:
+    """Measure a model folder.
+
+    What fails is in the report's `failures`, and does not stop the rest.
+
+    Raises:
+        PackageError, EngineError: the folder cannot be read, or has no such parts or size.
+        RequestError: what is asked for cannot be measured.
+    """
+    return _Bench(folder, settings, tell).run()
+
+
+class _Bench:
+    """One run of the benchmark."""
+
+    def __init__(self, folder: Path, settings: Settings, tell: Tell) -> None:
+        self._settings, self._tell = settings, tell
+        self._model = read_model(folder)
+        manifest = self._model.manifest
+        self._size = settings.size if settings.size is not None else manifest.sizes[0]
+        if self._size not in manifest.sizes:
+            sizes = ", ".join(f"{width}x{height}" for width, height in manifest.sizes)
+            raise PackageError(f"{folder}: converted for {sizes}; take one of these for --size, or convert it again")
+        steps = {} if settings.steps is None else {"steps": settings.steps}
+        self._steps = Request.from_dict({**manifest.defaults, **steps}).steps
+        self._contenders = settings.contenders()
+        self._core_ml = engine_name(settings.options) == "coreml"
+        self._machine: Machine = this_machine()
+        self._notes: list[str] = list(self._model.notices)
+        self._peaks: dict[str, Peak | None] = {}
+
+    def run(self) -> Report:
+        """Measure everything that was asked for."""
+        started, begun = datetime.now(timezone.utc), time.perf_counter()
+        chosen = parts_of(self._model.manifest, self._size, self._settings.parts)
+        drawn = self._settings.pictures and self._drawable()
+        machine, before = machine_record(self._machine), condition()
+        self._cores = machine["gpu_cores"]
+        with ExitStack() as stack:
+            self._place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="glassine_bench_")))
+            meter = stack.enter_context(Meter()) if self._settings.energy and drawn else None  # refused before hours
+            parts = tuple(self._part(role, part, begun) for role, part in chosen.items())
+            pictures = self._pictures(meter, begun) if drawn else None
+            batching = self._batching(chosen)
+        after = condition()
+        self._notes += doubts(before, after, self._machine.cores)
+        manifest = self._model.manifest
+        return Report(
+            glassine=__version__,
+            started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            seconds=time.perf_counter() - begun,
+            settings=self._asked(),
+            machine={**machine, "before": dataclasses.asdict(before), "after": dataclasses.asdict(after)},
+            model={
+                "name": manifest.name,
+                "family": manifest.family,
+                "digest": model_digest(self._model),
+                "batch": manifest.batch,
+                "tokens": manifest.tokens,
+                "loras": [lora.name for lora in manifest.loras],
+            },
+            parts=parts,
+            pictures=pictures,
+            batching=batching,
+            notes=tuple(self._notes),
+        )
+
+    def _asked(self) -> Json:
+        settings = self._settings
+        return {
+            "asked": list(self._contenders),
+            "engine": engine_name(settings.options),
+            "precision": "as converted" if self._core_ml else settings.options.precision,
+            "runs": settings.runs,
+            "pictures": settings.pictures,
+            "warmup": settings.warmup,
+            "steps": settings.steps,
+            "width": self._size[0],
+            "height": self._size[1],
+        }
+
+    def _part(self, role: str, part: Part, begun: float) -> Measured:
+        """Time one part on every choice of units."""
+        packages = packages_of(self._model.folder, part)
+        function = part.about.get("function")
+        subjects = {
+            asked: Subject(packages=packages, options=options, function=function, cache=self._cache(asked), name=role)
+            for asked, options in self._contenders.items()
+        }
+        work = None if any(path.suffix == COMPILED for path in packages) else work_of(packages, function)
+        settings = self._settings
+        effort = Effort(
+            runs=settings.runs, warmup=settings.warmup, timeout=settings.timeout, cold=settings.cold, placement=True
+        )
+        order, timings = self._timed(subjects, effort, weight_bytes(packages))
+        figures = [
+            Figures.of(asked, timing, started=begun, roof=self._roof(work, asked, timing))
+            for asked, timing in timings.items()
+            if isinstance(timing, Timing)
+        ]
+        shape = next((shape for name, (shape, _) in part.inputs.items() if shape), None)
+        about = {
+            "packages": [path.name for path in packages],
+            "rows": None if shape is None else shape[0],
+            "attention": part.attention,
+            "palette": part.palette,
+            "precision": part.precision,
+            "work": None if work is None else dataclasses.asdict(work),
+        }
+        return Measured(role=role, order=order, figures=tuple(figures), failures=_failures(timings), about=about)
+
+    def _timed(self, subjects: Mapping[str, Subject], effort: Effort, weights: int) -> tuple[str, dict[str, Any]]:
+        """Time contenders in turns where the memory holds all of them, else one after the other."""
+        free = self._machine.available
+        if len(subjects) == 1:
+            return "alone", time_in_turns(subjects, effort, tell=self._tell)
+        if free is None or len(subjects) * _HELD * weights < free / 2:
+            return "in turns", time_in_turns(subjects, effort, tell=self._tell)
+        results: dict[str, Any] = {}
+        for asked, subject in subjects.items():
+            results |= time_in_turns({asked: subject}, effort, tell=self._tell)
+        return "one after the other", results
+
+    def _roof(self, work: Work | None, asked: str, timing: Timing) -> Json | None:
+        """What was reached beside what could be."""
+        if work is None:
+            return None
+        peak = self._peak(asked, timing.realised.device)
+        where = dataclasses.asdict(position(work, statistics.median(timing.samples), peak))
+        known = {"tflops": None, "gigabytes": None, "source": None} if peak is None else dataclasses.asdict(peak)
+        return {
+            **where,
+            "peak_tflops": known["tflops"],
+            "peak_gigabytes": known["gigabytes"],
+            "source": known["source"],
+        }
+
+    def _peak(self, asked: str, device: str) -> Peak | None:
+        """The peak of what really ran; the CPU's and the portable engine's are measured, once."""
+        if self._core_ml and device != "cpu_only":
+            return published_peak(self._machine.chip, device, self._cores)
+        if device not in self._peaks:
+            self._tell("the machine's peak: measuring")
+            try:
+                self._peaks[device] = time_peak(self._contenders[asked])
+            except GlassineError as error:
+                self._peaks[device] = None
+                self._notes.append(str(error))
+        return self._peaks[device]
+
+    def _pictures(self, meter: Meter | None, begun: float) -> Measured:
+        """Time whole pictures."""
+        settings, idle = self._settings, None
+        if meter is not None:
+            began = time.perf_counter()
+            time.sleep(_IDLE)
+            idle, _ = mean_watts(meter.intervals, [(began, time.perf_counter())])
+        subjects = {
+            asked: Pictures(
+                folder=self._model.folder,
+                size=self._size,
+                steps=settings.steps,
+                options=options,
+                cache=self._cache(asked),
+                keep=self._place / f"{asked}.npy",
+            )
+            for asked, options in self._contenders.items()
+        }
+        manifest = self._model.manifest
+        weights = sum(weight_bytes(packages_of(self._model.folder, part)) for part in manifest.parts.values())
+        effort = Effort(runs=settings.pictures, warmup=1, turn=1, timeout=settings.timeout)
+        order, timings = self._timed(subjects, effort, weights)
+        reference = self._reference(next(iter(subjects.values()))) if settings.quality else None
+        figures = []
+        for asked, timing in timings.items():
+            if isinstance(timing, Failure):
+                continue
+            stages = {name: statistics.median(one[name] for one in timing.stages) for name in timing.stages[0]}
+            figures.append(
+                Figures.of(
+                    asked,
+                    timing,
+                    started=begun,
+                    stages=stages,
+                    images_per_minute=60 / statistics.median(timing.samples),
+                    energy=None if meter is None else self._energy(meter, timing, idle),
+                    quality=None if reference is None else quality(self._place / f"{asked}.npy", reference),
+                )
+            )
+        about = {"steps": self._steps}
+        return Measured(role=PICTURE, order=order, figures=tuple(figures), failures=_failures(timings), about=about)
+
+    def _energy(self, meter: Meter, timing: Timing, idle: Mapping[str, float] | None) -> Json | None:
+        """The mean power while this contender drew, and what a picture took."""
+        windows = [(at, at + seconds) for at, seconds in zip(timing.at, timing.samples, strict=True)]
+        watts, count = mean_watts(meter.intervals, windows)
+        if not count:
+            self._notes.append("no interval of powermetrics lies within a picture: no energy; take more --steps")
+            return None
+        joules = math.fsum(watts.values()) * statistics.median(timing.samples)
+        idle_watts = math.fsum(idle.values()) if idle else None
+        return {"watts": watts, "joules_per_picture": joules, "idle_watts": idle_watts, "intervals": count}
+
+    def _reference(self, subject: Pictures) -> Path | None:
+        """The latents of the first picture on the portable engine in float32."""
+        if importlib.util.find_spec("torch") is None:
+            self._notes.append("quality needs the portable engine: pip install 'glassine[portable]'")
+            return None
+        keep = self._place / "reference.npy"
+        options = EngineOptions(engine="portable", device="cpu", precision="fp32")
+        subject = dataclasses.replace(subject, options=options, keep=keep, name="the reference")
+        (timing,) = time_in_turns({"": subject}, Effort(runs=0, warmup=0, timeout=math.inf), tell=self._tell).values()
+        if isinstance(timing, Failure):
+            self._notes.append(f"no quality: {timing.reason}")
+            return None
+        return keep
+
+    def _batching(self, chosen: Mapping[str, Part]) -> tuple[Json, ...]:
+        """The same UNet with few and with many rows a call, in turns, on every choice of units."""
+        if "unet" not in chosen:
+            return ()
+        rows, other = self._model.manifest.batch, self._settings.other_batch
+        if other is None:
+            self._notes.append(
+                f"batch {rows} was measured, not held against another; for that: 'glassine convert SOURCE OTHER "
+                f"--batch {1 if rows > 1 else 2}', and then this command with --other-batch OTHER"
+            )
+            return ()
+        beside = read_model(other)
+        if model_digest(beside) != model_digest(self._model) or beside.manifest.batch == rows:
+            raise RequestError(f"{other}: expected the same weights as {self._model.folder}, with another --batch")
+        part = parts_of(beside.manifest, self._size, ("unet",))["unet"]
+        unets = {rows: (self._model.folder, chosen["unet"]), beside.manifest.batch: (beside.folder, part)}
+        return tuple(one for asked in self._contenders if (one := self._batched(asked, unets)) is not None)
+
+    def _batched(self, asked: str, unets: Mapping[int, tuple[Path, Part]]) -> Json | None:
+        subjects = {
+            str(rows): Subject(
+                packages=packages_of(folder, part),
+                options=self._contenders[asked],
+                function=part.about.get("function"),
+                cache=self._cache(asked),
+                name=f"unet, batch {rows}",
+            )
+            for rows, (folder, part) in sorted(unets.items())
+        }
+        effort = Effort(runs=self._settings.runs, warmup=self._settings.warmup, timeout=self._settings.timeout)
+        timings = time_in_turns(subjects, effort, tell=self._tell)
+        failed = [timing.reason for timing in timings.values() if isinstance(timing, Failure)]
+        if failed:
+            self._notes.append(f"batches on {asked}: {failed[0]}")
+            return None
+        few, many = ([one / int(rows) for one in timing.samples] for rows, timing in timings.items())
+        ratio = ratio_of_medians(few, many)
+        return {
+            "asked": asked,
+            "role": "unet",
+            "rows": [int(rows) for rows in timings],
+            "medians": [statistics.median(timing.samples) for timing in timings.values()],
+            "ratio": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+        }
+
+    def _drawable(self) -> bool:
+        """Whether the folder can draw a picture by itself."""
+        missing = [role for role in NEEDED if role not in self._model.manifest.parts]
+        if missing:
+            self._notes.append(f"no whole pictures: the folder has no {', '.join(missing)}")
+        return not missing
+
+    def _cache(self, asked: str) -> Path | None:
+        """The compile cache of one contender: empty at first, so that loading is cold, or the user's own."""
+        return self._place / f"cache-{asked}" if self._core_ml and self._settings.cold else None
+
+
+def quality(latents: Path, reference: Path) -> Json:
+    """PSNR in dB of the first picture's latents: their largest value over the root mean square of the difference."""
+    ours, theirs = np.load(latents).astype(np.float64), np.load(reference).astype(np.float64)
+    error = ours - theirs
+    rms = float(np.sqrt((error**2).mean()))
+    psnr = None if rms == 0 else 20 * math.log10(float(np.abs(theirs).max()) / rms)
+    return {"psnr": psnr, "max_error": float(np.abs(error).max()), "reference": "portable engine, float32, cpu"}
+
+
+def _failures(timings: Mapping[str, Timing | Failure]) -> dict[str, str]:
+    return {asked: timing.reason for asked, timing in timings.items() if isinstance(timing, Failure)}
