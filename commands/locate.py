@@ -126,7 +126,7 @@ def _options(manifest: Manifest, parts: Sequence[str], *, whole: bool) -> Conver
 
     shaped = [part for part in manifest.parts.values() if part.attention is not None]
     how: dict[str, Any] = {"attention": shaped[0].attention, "layout": shaped[0].layout} if shaped else {}
-    roles = {manifest.parts[part].role for part in parts if part in manifest.parts}
+    roles = {part.role for name, part in manifest.parts.items() if not parts or name in parts}
     if len(roles) == 1 and roles <= {*JUDGED} and not whole:
         how["part"] = roles.pop()
     return ConvertOptions(

@@ -154,7 +154,39 @@ def test_another_source_is_refused(glassine, tiny_folder, tiny_checkpoint, tmp_p
     assert "give the file it was made of" in result.stderr
 
 
+def test_a_model_of_one_part(glassine, tiny_checkpoint, tmp_path):
+    convert_checkpoint(tiny_checkpoint, tmp_path / "vae", ConvertOptions(sizes=((64, 64),), part="vae_decoder"))
+    code, report = locate(glassine, tmp_path / "vae", tiny_checkpoint)
+    assert (code, set(report)) == (0, {"vae_decoder"})
+
+
 def test_a_part_that_is_not_there_is_named(glassine, tiny_folder, tiny_checkpoint):
     result = glassine("verify", tiny_folder, tiny_checkpoint, "--locate", "--part", "sky")
     assert result.exit_code == 1
     assert "sky cannot be compared" in result.stderr
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", ["a wrong constant", "an overflow"])
+def test_faults_in_stable_diffusion_1_5(glassine, checkpoints, tmp_path, fault):
+    """At 512 pixels, in a middle and a late block: 860 million weights, about 2,700 operations."""
+    sizes = checkpoints.FULL_SIZE["sd15"]
+    shapes = {f"model.diffusion_model.{key}": shape for key, shape in checkpoints.ldm_unet(sizes).items()}
+    tensors = checkpoints.values(shapes)
+    if fault == "an overflow":
+        tensors["model.diffusion_model.middle_block.0.in_layers.2.weight"] *= 3e4
+    source = checkpoints.write_safetensors(tmp_path / "sd15.safetensors", tensors, dtype="F16")
+    del tensors
+    convert_checkpoint(source, tmp_path / "sd15", ConvertOptions(sizes=((512, 512),), attention="einsum", part="unet"))
+    if fault == "a wrong constant":
+        damage(tmp_path / "sd15" / "Unet.mlpackage", "up_blocks_3_resnets_2_conv2_weight", flip_one)
+    code, report = locate(glassine, tmp_path / "sd15", source)
+    assert code == 1
+    if fault == "an overflow":
+        assert report["unet"]["against its source"] is None
+        found = report["unet"]["fp16 against fp32"]
+        assert (found["kind"], found["name"]) == ("overflows", "mid_block_resnets_0_conv1")
+    else:
+        found = report["unet"]["against its source"]
+        assert (found["kind"], found["name"]) == ("differs", "up_blocks_3_resnets_2_conv2")
+        assert report["unet"]["fp16 against fp32"] is None
