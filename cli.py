@@ -14,6 +14,7 @@ import click
 from glassine import __version__
 from glassine.commands.about import demo, doctor
 from glassine.commands.batch import batch
+from glassine.commands.bench import bench
 from glassine.commands.cache import cache
 from glassine.commands.draw import fan, generate, show_map
 from glassine.commands.layers import compose, layers
@@ -73,6 +74,7 @@ for verb in (
     inspect,
     verify,
     cache,
+    bench,
     demo,
     doctor,
 ):

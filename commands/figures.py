@@ -54,8 +54,9 @@ def _compared(row: Row) -> list[str]:
 def _heading(report: Report) -> list[str]:
     settings, machine, model = report.settings, report.machine, report.model
     engine = {"coreml": "Core ML", "portable": f"the portable engine (PyTorch, {settings['precision']})"}
+    size = f"{settings['width']}x{settings['height']}"
     lines = [
-        f"{model['name']} ({model['family']}), {settings['width']}x{settings['height']}, on {engine[settings['engine']]}",
+        f"{model['name']} ({model['family']}), {size}, on {engine[settings['engine']]}",
         f"{machine['chip']}, {machine['system']}, Glassine {report.glassine}",
     ]
     if settings["engine"] == "portable":

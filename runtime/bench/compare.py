@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +75,21 @@ def compare(reports: Sequence[Report], names: Sequence[str]) -> Compared:
         raise RequestError(f"{', '.join(names)}: nothing in them was measured on the same units; measure again alike")
     remarks = [remark for other, name in zip(others, names[1:], strict=True) for remark in _remarks(base, other, name)]
     return Compared(tuple(names), tuple(rows), tuple(remarks))
+
+
+def as_json(compared: Compared) -> str:
+    """The comparison as one JSON object."""
+    rows = [
+        {
+            "name": row.name,
+            "median": row.base,
+            "ratios": [
+                None if one is None else {**dataclasses.asdict(one), "differs": one.differs} for one in row.ratios
+            ],
+        }
+        for row in compared.rows
+    ]
+    return json.dumps({"files": compared.names, "rows": rows, "remarks": compared.remarks}, indent=1) + "\n"
 
 
 def _ratio(other: Report, measured: Measured, one: Figures) -> Ratio | None:

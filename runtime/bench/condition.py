@@ -20,7 +20,7 @@ LIBRARIES = ("numpy", "coremltools", "torch")
 class Condition:
     """Load averages over 1, 5 and 15 minutes; on a Mac what `pmset` says of power and heat, None elsewhere."""
 
-    load: tuple[float, ...]
+    load: list[float]
     power: str | None
     thermal: str | None
 
@@ -28,7 +28,7 @@ class Condition:
 def condition() -> Condition:
     """Ask the system now."""
     return Condition(
-        os.getloadavg(), power_source(_said("pmset", "-g", "batt")), thermal(_said("pmset", "-g", "therm"))
+        list(os.getloadavg()), power_source(_said("pmset", "-g", "batt")), thermal(_said("pmset", "-g", "therm"))
     )
 
 

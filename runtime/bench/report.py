@@ -133,19 +133,6 @@ class Report:
         """The report as JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
-    def write(self, path: Path) -> None:
-        """Write the report.
-
-        Raises:
-            RequestError: it cannot be written there.
-        """
-        beside = path.with_name(f".{path.name}-{os.getpid()}")
-        try:
-            beside.write_text(self.text(), encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            raise RequestError(f"{path}: the figures cannot be written ({error.strerror})") from None
-
     @classmethod
     def read(cls, path: Path) -> Report:
         """Read a report.
@@ -174,6 +161,31 @@ class Report:
         parts = tuple(map(_measured, raw.pop("parts")))
         raw["batching"], raw["notes"] = tuple(raw["batching"]), tuple(raw["notes"])
         return cls(**{**raw, "parts": parts, "pictures": pictures})
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that could not be written, before anything is measured.
+
+    Raises:
+        RequestError: it is a folder, or in one that is not there or may not be written.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RequestError(f"{path}: cannot be written; choose a file in a folder that is there and yours")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        RequestError: it cannot be written there.
+    """
+    beside = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def schema() -> Json:

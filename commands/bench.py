@@ -1,0 +1,179 @@
+"""The verb that measures: how fast a model is on this machine, and whether one measurement differs from another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from glassine.commands.options import FILE, FOLDER, model_size, options, say
+
+if TYPE_CHECKING:
+    from glassine.runtime.bench.report import Report
+
+UNITS = "ane,gpu,all"
+
+
+class Measuring(click.Group):
+    """A group whose first command needs no name: `glassine bench FOLDER` is `glassine bench run FOLDER`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the first command's name in front where there is none."""
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
+
+
+what_options = options(
+    click.option("--units", default=UNITS, show_default=True, metavar="ANE,GPU,...",
+                 help="Core ML's compute units to measure: some of ane, gpu, cpu, all."),
+    click.option("--engine", type=click.Choice(["auto", "coreml", "portable"]), default="auto", show_default=True,
+                 help="auto: Core ML on a Mac, PyTorch elsewhere."),
+    click.option("--device", help="Device of the portable engine: cpu, cuda, mps.  [default: cpu]"),
+    click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+                 help="Of the portable engine."),
+    click.option("--part", "parts", multiple=True, metavar="ROLE",
+                 help="Time this part alone, such as unet or control:canny; may be repeated.  [default: all]"),
+    model_size,
+    click.option("--steps", type=click.IntRange(1, 1000), help="Of a whole picture.  [default: the model's, or 20]"),
+    click.option("--other-batch", type=FOLDER,
+                 help="The same model, converted with another --batch: its UNet takes turns with this one's."),
+)  # fmt: skip
+how_options = options(
+    click.option("--runs", type=click.IntRange(0), default=20, show_default=True, help="Timed calls of every part."),
+    click.option("--pictures", type=click.IntRange(0), default=10, show_default=True,
+                 help="Timed whole pictures; 0 leaves them out."),
+    click.option("--warmup", type=click.IntRange(0), default=3, show_default=True,
+                 help="Calls before the timed ones that are not counted."),
+    click.option("--cold/--no-cold", default=True, show_default=True,
+                 help="Also load with an empty compile cache: minutes for the Neural Engine."),
+    click.option("--energy", is_flag=True,
+                 help="Joules a picture, by macOS's powermetrics, which needs root: 'sudo -v' first."),
+    click.option("--quality", is_flag=True,
+                 help="PSNR of the first picture's latents beside the portable engine in float32; needs PyTorch."),
+    click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, metavar="SECONDS",
+                 help="Silence after which a load or a call is given up."),
+)  # fmt: skip
+file_options = options(
+    click.option("--json", "json_file", metavar="FILE", help="Write all figures there; '-' is stdout."),
+    click.option("--chart", "charts", type=FILE, multiple=True, metavar="FILE.png|FILE.svg",
+                 help="Draw a chart for a post; may be repeated."),
+)  # fmt: skip
+
+
+@click.group(cls=Measuring)
+def bench() -> None:
+    """Measure how fast a model is on this machine.
+
+    `glassine bench FOLDER` measures; `compare` says whether two measurements differ.
+
+    \b
+    Example:
+      glassine bench dreamshaper
+      glassine bench dreamshaper --units ane,gpu --json mine.json --chart mine.png
+      glassine bench compare before.json after.json
+    """
+
+
+@bench.command()
+@click.argument("model", type=FOLDER)
+@what_options
+@how_options
+@file_options
+def run(model: Path, json_file: str | None, charts: tuple[Path, ...], **asked: Any) -> None:
+    """Time every part of MODEL, and whole pictures, on every choice of compute units.
+
+    Loads, first calls, median steps with quartiles, peak memory, how near the chip's limits; and on which units it
+    really ran. Everything runs in child processes, in turns: what crashes or hangs is reported, and the rest is
+    measured. Off a Mac it times the portable engine. docs/bench.md explains every figure.
+
+    \b
+    Example:
+      glassine bench dreamshaper
+      glassine bench dreamshaper --units ane,gpu --runs 50 --json mine.json --chart mine.png --chart mine.svg
+      glassine bench dreamshaper --part unet --pictures 0 --no-cold
+      sudo -v && glassine bench dreamshaper --units ane,gpu --energy
+    """
+    from glassine.commands.figures import show
+    from glassine.runtime.bench.folder import bench as measure
+    from glassine.runtime.bench.settings import Settings
+    from glassine.runtime.engine import EngineOptions
+    from glassine.runtime.engine.contract import engine_name
+
+    names = ("engine", "device", "precision")
+    engine = EngineOptions(**{name: asked.pop(name) for name in names})
+    _check_places(json_file, charts)
+    units = tuple(unit.strip() for unit in asked.pop("units").split(","))
+    settings = Settings(units=units, options=engine, **asked)
+    if engine_name(engine) == "portable":
+        say("Core ML is macOS's: this measures the portable engine (PyTorch), and --units says nothing to it")
+    report = measure(model, settings, say)
+    _write(report, json_file, charts)
+    if json_file != "-":
+        show(report)
+    failed = [measured.role for measured in report.measured() if measured.failures]
+    if failed:
+        raise click.ClickException(f"not everything could be measured: {', '.join(failed)}; see above")
+
+
+@bench.command()
+@click.argument("files", type=FILE, nargs=-1, required=True)
+@click.option("--json", "json_file", metavar="FILE", help="Write the ratios there; '-' is stdout.")
+def compare(files: tuple[Path, ...], json_file: str | None) -> None:
+    """Compare measurements: every other FILE against the first.
+
+    Ratios of median times, below 1 is faster, each with an interval that holds with at least 95 % confidence; where it
+    contains 1 no difference was seen. Refuses files of other weights or sizes, and says what else differs.
+
+    \b
+    Example:
+      glassine bench compare before.json after.json
+    """
+    from glassine.commands.figures import show_comparison
+    from glassine.runtime.bench import compare as comparing
+    from glassine.runtime.bench.report import Report, write_text
+
+    if len(files) < 2:
+        raise click.UsageError("two files or more can be compared")
+    compared = comparing.compare([Report.read(file) for file in files], _names(files))
+    text = comparing.as_json(compared)
+    if json_file == "-":
+        click.echo(text)
+        return
+    if json_file is not None:
+        write_text(Path(json_file), text)
+    show_comparison(compared)
+
+
+def _check_places(json_file: str | None, charts: tuple[Path, ...]) -> None:
+    """Refuse, before hours of measuring, files that could not be written, and charts that could not be drawn."""
+    from glassine.runtime.bench.report import check_writable
+
+    if charts:
+        from glassine.runtime.bench.chart import check_charts
+
+        check_charts(charts)
+    for path in [*charts, *([Path(json_file)] if json_file not in (None, "-") else [])]:
+        check_writable(path)
+
+
+def _write(report: Report, json_file: str | None, charts: tuple[Path, ...]) -> None:
+    from glassine.runtime.bench.report import write_text
+
+    if json_file == "-":
+        click.echo(report.text(), nl=False)
+    elif json_file is not None:
+        write_text(Path(json_file), report.text())
+        say(f"written: {json_file}")
+    for path in charts:
+        from glassine.runtime.bench.chart import draw
+
+        draw(report, path)
+        say(f"written: {path}")
+
+
+def _names(files: tuple[Path, ...]) -> list[str]:
+    """The files' names without their ending; with their folder where two are the same."""
+    stems = [file.stem for file in files]
+    return stems if len(set(stems)) == len(stems) else [str(file) for file in files]
