@@ -117,11 +117,11 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
       glassine convert vae_transparent_decoder.safetensors --base dreamshaper
     """
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
-    from glassine.convert.imports import import_coremltools
+    from glassine.convert.imports import import_coremltools_quietly_later
     from glassine.convert.palettize import Palette
 
     check_places(base, out, asked)
-    import_coremltools()
+    import_coremltools_quietly_later()
     if base is not None:
         refuse_extras(asked)
         _add(source, base, as_json, asked)

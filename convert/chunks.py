@@ -232,7 +232,6 @@ class _Graph:
         move(block.operations, self._records, plan)
 
         model = Model_pb2.Model(specificationVersion=self._model.specificationVersion)
-        model.description.metadata.CopyFrom(self._model.description.metadata)
         said = {feature.name: feature.shortDescription for feature in self._whole_features()}
         for features, variables in (
             (model.description.input, given),

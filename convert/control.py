@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassine.convert.control_files import ControlFile, open_control
-from glassine.convert.network import Base, ConvertOptions, Network, Size
+from glassine.convert.network import Base, Form, Network, Size
 from glassine.convert.program import Requests
 from glassine.convert.shapes import TIME_ID, Shapes
 from glassine.errors import CheckpointError, ConversionError
@@ -94,7 +94,7 @@ def steered_unet(base: Base, key: str, package: str, **steering: Any) -> Network
         weights=base.unet,
         source=base.source,
         files=base.files,
-        write=partial(_write_unet, config, base.options),
+        write=partial(_write_unet, config, base.options.form),
         config=config,
         summary="Stable Diffusion's UNet with inputs for what control networks add.",
         beside="unet",
@@ -104,21 +104,21 @@ def steered_unet(base: Base, key: str, package: str, **steering: Any) -> Network
     )
 
 
-def _write_unet(config: UNetConfig, options: ConvertOptions, weights: Requests, size: Size) -> Program:
+def _write_unet(config: UNetConfig, form: Form, weights: Requests, size: Size) -> Program:
     from glassine.models.unet import unet
 
-    return unet(config, weights, **_form(options, size))
+    return unet(config, weights, **_arguments(form, size))
 
 
-def _form(options: ConvertOptions, size: Size) -> dict[str, Any]:
+def _arguments(form: Form, size: Size) -> dict[str, Any]:
     width, height = size
     return {
-        "batch": options.rows,
+        "batch": form.rows,
         "height": height // 8,
         "width": width // 8,
-        "tokens": options.tokens,
-        "attention": options.attention,
-        "layout": options.layout,
+        "tokens": form.tokens,
+        "attention": form.attention,
+        "layout": form.layout,
     }
 
 
@@ -164,7 +164,7 @@ def _controlnet(file: ControlFile, control: Control, base: Base) -> Network:
         weights=file.weights,
         source=file.checkpoint,
         files=tuple(file.checkpoint.files),
-        write=partial(_write_controlnet, config, options),
+        write=partial(_write_controlnet, config, options.form),
         config=config,
         summary="A ControlNet: what a picture of edges, depth, poses ... adds to Stable Diffusion's UNet.",
         about=about,
@@ -173,10 +173,10 @@ def _controlnet(file: ControlFile, control: Control, base: Base) -> Network:
     )
 
 
-def _write_controlnet(config: ControlNetConfig, options: ConvertOptions, weights: Requests, size: Size) -> Program:
+def _write_controlnet(config: ControlNetConfig, form: Form, weights: Requests, size: Size) -> Program:
     from glassine.models.controlnet import controlnet
 
-    return controlnet(config, weights, **_form(options, size))
+    return controlnet(config, weights, **_arguments(form, size))
 
 
 def read_controlnet(file: ControlFile, name: str, base: Base) -> ControlNetConfig:

@@ -16,8 +16,9 @@ from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
 from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import Files, digests
 from glassine.convert.extras import merged, with_extras
+from glassine.convert.graphs import ask
 from glassine.convert.names import Part as SourcePart
-from glassine.convert.network import Base, ConvertOptions, Network, Precision, Role, Size
+from glassine.convert.network import Base, ConvertOptions, Form, Network, Precision, Role, Size
 from glassine.convert.package import check_space, replacing
 from glassine.convert.packages import (
     Planned,
@@ -145,8 +146,8 @@ def _networks(checkpoint: Checkpoint, detected: Detected, options: ConvertOption
             package="UnetRefiner" if (role, family.name) == ("unet", "sdxl_refiner") else PACKAGES[role],
             weights=detected.parts[_SOURCES[role]],
             source=detected.sources.get(_SOURCES[role], checkpoint),
-            files=_files(detected.sources.get(_SOURCES[role], checkpoint), _SOURCES[role]),
-            write=partial(_write, role, family, replace(options, vae_precision=vae_precision)),
+            files=files_of(detected.sources.get(_SOURCES[role], checkpoint), _SOURCES[role]),
+            write=partial(_write, role, family, replace(options.form, vae_precision=vae_precision)),
             config=_config(role, family),
             summary=_SUMMARIES[role],
             about=vae_about if role in VAE_ROLES else _about(role, family),
@@ -201,7 +202,7 @@ def _texts(checkpoint: Checkpoint, detected: Detected, options: ConvertOptions) 
     return tokenizer_files(checkpoint, encoder.vocab_size - encoder.added_tokens, options.tokenizer)
 
 
-def _write(role: Role, family: Family, options: ConvertOptions, weights: Requests, size: Size) -> Program:
+def _write(role: Role, family: Family, form: Form, weights: Requests, size: Size) -> Program:
     """Write the graph of one network; sizes are pixels here, latent cells inside."""
     from glassine.models.text_encoder import text_encoder
     from glassine.models.unet import unet
@@ -211,25 +212,25 @@ def _write(role: Role, family: Family, options: ConvertOptions, weights: Request
     rows, columns = height // 8, width // 8
     if role in TEXT_ROLES:
         return text_encoder(family.text_encoder(role), weights)
-    attention, layout = options.attention, options.layout
-    _check_axis(role, family, options, size)
+    attention, layout = form.attention, form.layout
+    _check_axis(role, family, form, size)
     if role in VAE_ROLES:
-        dtype = np.float32 if options.vae_precision == "float32" else np.float16
-        form = partial(vae_decoder, height=rows, width=columns)
+        dtype = np.float32 if form.vae_precision == "float32" else np.float16
+        vae = partial(vae_decoder, height=rows, width=columns)
         if role == "vae_encoder":
-            form = partial(vae_encoder, height=height, width=width)
-        return form(family.vae, weights, attention=attention, layout=layout, dtype=dtype)
-    if options.tokens % family.text_encoders[0].tokens:
+            vae = partial(vae_encoder, height=height, width=width)
+        return vae(family.vae, weights, attention=attention, layout=layout, dtype=dtype)
+    if form.tokens % family.text_encoders[0].tokens:
         raise ConversionError(
-            f"tokens {options.tokens}: expected a multiple of the text encoder's {family.text_encoders[0].tokens}"
+            f"tokens {form.tokens}: expected a multiple of the text encoder's {family.text_encoders[0].tokens}"
         )
     return unet(
         family.unet,
         weights,
-        batch=options.rows,
+        batch=form.rows,
         height=rows,
         width=columns,
-        tokens=options.tokens,
+        tokens=form.tokens,
         attention=attention,
         layout=layout,
     )
@@ -269,7 +270,7 @@ def _check_whole_vae(source: Checkpoint, detected: Detected) -> None:
     """Refuse a VAE that lacks something before any arithmetic is done with it."""
     for role in VAE_ROLES:
         requests = Requests(detected.parts["vae"].shapes)
-        _write(role, detected.family, ConvertOptions(attention="einsum"), requests, (64, 64))
+        ask(partial(_write, role, detected.family, Form(attention="einsum")), requests, (64, 64))
         requests.check(str(source.path))
 
 
@@ -280,9 +281,9 @@ def _vae_decision(packages: list[Planned]) -> dict[str, str]:
     return {} if said is None else {"VAE precision": said}
 
 
-def _check_axis(role: Role, family: Family, options: ConvertOptions, size: Size) -> None:
+def _check_axis(role: Role, family: Family, form: Form, size: Size) -> None:
     """Refuse what is longer than an axis of the Neural Engine: `split` is written for it. float32 never runs there."""
-    if options.attention != "split" or (role in VAE_ROLES and options.vae_precision == "float32"):
+    if form.attention != "split" or (role in VAE_ROLES and form.vae_precision == "float32"):
         return
     width, height = size
     level = 0
@@ -296,7 +297,7 @@ def _check_axis(role: Role, family: Family, options: ConvertOptions, size: Size)
         )
 
 
-def _files(checkpoint: Checkpoint, part: SourcePart) -> tuple[Path, ...]:
+def files_of(checkpoint: Checkpoint, part: SourcePart) -> tuple[Path, ...]:
     """The file of a part, or its shards in the order of their names."""
     if checkpoint.path.is_dir():
         return tuple(sorted({tensor.path for key, tensor in checkpoint.tensors.items() if key.startswith(f"{part}/")}))

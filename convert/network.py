@@ -30,6 +30,17 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a network is written, besides what it is: rows and tokens of a UNet's call, a VAE's precision."""
+
+    rows: int = 2
+    tokens: int = 77
+    attention: Attention = "split"
+    layout: Layout = "channels_first"
+    vae_precision: Precision = "float16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
     """What to make of a checkpoint.
 
@@ -100,6 +111,11 @@ class ConvertOptions:
         assert self.batch is not None
         return self.batch
 
+    @property
+    def form(self) -> Form:
+        """How settled options write networks."""
+        return Form(rows=self.rows, tokens=self.tokens, attention=self.attention, layout=self.layout)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
@@ -109,7 +125,8 @@ class Network:
         does there. package: the file's stem, which takes the same suffix.
     weights: by canonical name; all of them are used, but for names that begin with one of `leaves`, which another
         network takes. source: what messages call them. files: what `Part.source_sha256` is the digest of.
-    write: writes the graph for a size in pixels.
+    write: writes the graph for a size in pixels; a function of this package with plain data bound to it, by which the
+        graph is known again.
     config: the network's description, a dataclass of `glassine.models.config`.
     about: what only this kind of part has to say. hashed: further entries of `about` -> files of which they are the
         sha256.

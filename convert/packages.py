@@ -22,15 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine import __version__
+from glassine.convert import graphs
 from glassine.convert.checkpoint import shorten
 from glassine.convert.chunks import cut, cuts_of
 from glassine.convert.digest import Files
 from glassine.convert.functions import join
+from glassine.convert.graphs import Written
 from glassine.convert.index import write_index
 from glassine.convert.network import Network, Size
 from glassine.convert.package import write_files
 from glassine.convert.palettize import Loss
-from glassine.convert.program import Description, Lowered, Plan, Requests, lower
+from glassine.convert.program import Description, Lowered, Plan, Requests, described, lower
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError
 from glassine.manifest import Part
@@ -108,11 +110,13 @@ class Host:
     """A network whose packages exist already.
 
     plan: the one that continues its weight.bin of a size; of a network in chunks an empty one. cuts: as `cuts_of` them.
+    newest: they are in the opset of macOS 15, whose records of 4 and 6 bits are of other types.
     """
 
     weights: WeightSource
     plan: Callable[[Size], Plan]
     cuts: Callable[[Size], Sequence[int]]
+    newest: bool = False
 
 
 def plan_packages(
@@ -133,12 +137,13 @@ def plan_packages(
     Raises:
         ConversionError: weights are missing, left over, or of another shape.
     """
-    from glassine.models.layers import newest_opset
-
     jobs = [(network, size) for network in networks for size in (sizes if network.sizes is None else network.sizes)]
     plans: dict[tuple[str, Size], Plan] = {}
     cuts: dict[tuple[str, Size], Sequence[int]] = {}  # of the network at home there
     homes = _homes(networks, hosts)
+    # Those who share a weight.bin are in one opset, or their records would not be the same.
+    newest = {_place(network, networks)[0] for network in networks if network.functions or _is_grouped(network)}
+    newest |= {key for key, host in hosts.items() if host.newest}
     asked: dict[int, set[str]] = {}
     packages = []
     for i, (network, size) in enumerate(jobs):
@@ -146,19 +151,18 @@ def plan_packages(
         report(Progress("graphs", network.package + suffix, i, len(jobs)))
         home, renamed = _place(network, networks)
         requests = Requests(network.weights.shapes, renamed)
-        with _collector_off(), newest_opset(network.functions or _is_grouped(network)):
-            program = network.write(requests, size)
-            requests.check(str(network.source.path))
-            if (home, size) not in plans:
-                plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
-                if home in hosts:
-                    cuts[home, size] = hosts[home].cuts(size)
-            lowered = lower(program, _description(network, name), plans[home, size], network.palette)
-            del program
-            if len(lowered.model) > _BIG_GRAPH:
-                gc.collect()  # a million objects that refer to each other: gone before the next ones come
-            pieces = cut(lowered, network.chunks, cuts.get((home, size), ()) if network.beside is not None else ())
-            cuts.setdefault((home, size), cuts_of(pieces))
+        if (home, size) not in plans:
+            plans[home, size] = hosts[home].plan(size) if home in hosts else Plan()
+            if home in hosts:
+                cuts[home, size] = hosts[home].cuts(size)
+        between = cuts.get((home, size), ()) if network.beside is not None else ()
+        written = _written(network, size, requests, plans[home, size], between, home in newest)
+        words = _description(network, name)
+        lowered, *pieces = (
+            replace(one, model=described(one.model, words)) if one.model else one
+            for one in (written.whole, *written.pieces)
+        )
+        cuts.setdefault((home, size), cuts_of(pieces))
         asked.setdefault(id(network.weights), set()).update(requests.asked)
         package = Planned(network=network, home=home, size=size, suffix=suffix, lowered=lowered, weights=homes[home])
         if len(pieces) == 1:
@@ -171,6 +175,38 @@ def plan_packages(
             packages = _joined(packages, network)
     report(Progress("graphs", "", len(jobs), len(jobs)))
     return packages
+
+
+def _written(
+    network: Network, size: Size, requests: Requests, plan: Plan, between: Sequence[int], newest: bool
+) -> Written:
+    """Write a network's program and cut it, or recall what has been written before.
+
+    Raises:
+        ConversionError: `requests` has not what the network asks for.
+    """
+    source = str(network.source.path)
+    further = (size, sorted(requests.renamed.items()), tuple(between), network.chunks, newest)
+    key = None if network.palette is not None else graphs.key_of(network.write, plan, *further)
+    before = len(plan.records)
+    written = None if key is None else graphs.recalled(key, plan)
+    if written is not None:
+        graphs.replay(written, requests)
+        requests.check(source)
+        return written
+    from glassine.models.layers import newest_opset
+
+    with _collector_off(), newest_opset(newest):
+        program = network.write(requests, size)
+        requests.check(source)
+        whole = lower(program, Description(features=_FEATURES), plan, network.palette)
+        del program
+        if len(whole.model) > _BIG_GRAPH:
+            gc.collect()  # a million objects that refer to each other: gone before the next ones come
+        written = Written(dict(requests.asked), whole, cut(whole, network.chunks, between))
+    if key is not None:
+        graphs.keep(key, written, plan.records[before:])
+    return written
 
 
 def _is_grouped(network: Network) -> bool:
@@ -275,7 +311,6 @@ def _description(network: Network, name: str) -> Description:
         licence=said.get("modelspec.license", ""),
         version=name,
         summary=network.summary,
-        features=_FEATURES,
         user_defined={
             "com.github.apple.coremltools.version": version("coremltools"),
             "com.github.apple.coremltools.source": "milinternal",

@@ -93,10 +93,10 @@ class Requests:
         self, shapes: Mapping[str, tuple[int, ...]] | None = None, renamed: Mapping[str, str] | None = None
     ) -> None:
         self._shapes = shapes
-        self._renamed: Mapping[str, str] = {} if renamed is None else renamed
+        self.renamed: Mapping[str, str] = {} if renamed is None else renamed
         self._missing: list[str] = []
         self._misshapen: list[str] = []
-        self.asked: set[str] = set()
+        self.asked: dict[str, tuple[int, ...]] = {}
 
     def __call__(
         self, name: str, shape: Collection[int], *, scale: float = 1.0, dtype: DTypeLike = np.float16
@@ -111,7 +111,7 @@ class Requests:
         shape = tuple(int(size) for size in shape)
         if name in self.asked:
             raise ConversionError(f"{name}: the network asks for this weight twice; it has to reuse the first answer")
-        self.asked.add(name)
+        self.asked[name] = shape
         if self._shapes is not None:
             stored = self._shapes.get(name)
             if stored is None:
@@ -119,7 +119,7 @@ class Requests:
             elif [size for size in stored if size != 1] != [size for size in shape if size != 1]:
                 self._misshapen.append(f"{name} is {stored}, expected {shape}")
         stored_as: Literal["float16", "float32"] = "float32" if np.dtype(dtype) == np.float32 else "float16"
-        return StandIn.of(Weight(self._renamed.get(name, name), shape, float(scale), stored_as))
+        return StandIn.of(Weight(self.renamed.get(name, name), shape, float(scale), stored_as))
 
     def check(self, source: str) -> None:
         """Raise for everything the network asked for and `source` could not give.
@@ -170,6 +170,8 @@ def bits_of(dtype: str) -> int:
 
 def _identity(content: Content, dtype: str) -> tuple[object, ...]:
     """What makes two records one."""
+    if isinstance(content, Encoded):
+        return (content.weight.name, content.weight.scale, content.shape, content.form, content.item, dtype)
     return (content.name, content.scale, dtype) if isinstance(content, Weight) else (content, dtype)
 
 
@@ -190,6 +192,11 @@ class Plan:
     def know(self, content: Content, dtype: str, offset: int) -> None:
         """Note that this is in the existing file, in the record at `offset`, and need not be stored again."""
         self._offsets.setdefault(_identity(content, dtype), offset)
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What decides the offsets that it gives."""
+        return self.end, tuple(self._offsets.items())
 
     def place(self, content: Content, shape: tuple[int, ...], dtype: str) -> int:
         """Return the offset of this content, giving it the next free one if it is new.
@@ -275,16 +282,62 @@ def lower(
     _check_provenance(program)
     plan = Plan() if plan is None else plan
     version = int(program.functions["main"].opset_version)
-    model = _model(program, version, description if description is not None else Description())
+    description = Description() if description is None else description
+    model = _model(program, version, description.features)
     model.mlProgram.CopyFrom(_export(program, version, plan, palette))
     return Lowered(
         # Maps inside the message (functions, attributes) are unordered unless asked for: equal input, equal bytes.
-        model=model.SerializeToString(deterministic=True),
+        model=described(model.SerializeToString(deterministic=True), description),
         plan=plan,
         inputs=_tensors(model.description.input),
         outputs=_tensors(model.description.output),
         parameters=_parameters(program),
     )
+
+
+_DESCRIPTION, _METADATA, _USER_DEFINED = 2, 100, 100  # fields of Model, ModelDescription and Metadata
+
+
+def described(model: bytes, description: Description) -> bytes:
+    """Return a model that has no words yet with those of `description`; what its inputs mean aside.
+
+    The words are the last field of a message that is the second of another: written here by hand, they need no
+    coremltools where a program is known already.
+    """
+    words = (description.summary, description.version, description.author, description.licence)
+    metadata = b"".join(_field(i, word.encode()) for i, word in enumerate(words, start=1) if word)
+    for key, text in sorted(description.user_defined.items()):
+        metadata += _field(_USER_DEFINED, _field(1, key.encode()) + _field(2, text.encode()))
+    if not metadata:
+        return model
+    start, at = 0, 0
+    while True:  # the first fields are the version and the description
+        start = at
+        tag, at = _read_varint(model, at)
+        length, at = _read_varint(model, at)
+        if tag == _DESCRIPTION << 3 | 2:
+            said = model[at : at + length] + _field(_METADATA, metadata)
+            return model[:start] + _field(_DESCRIPTION, said) + model[at + length :]
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a protobuf message that has a length."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at a position, and the position behind it."""
+    number = shift = 0
+    while True:
+        byte = data[at]
+        number, shift, at = number | (byte & 127) << shift, shift + 7, at + 1
+        if byte < 128:
+            return number, at
 
 
 def _parameters(program: Program) -> int:
@@ -355,26 +408,19 @@ def _export(program: Program, version: int, plan: Plan, palette: Palette | None)
     return Exporter(program, "", version).export()
 
 
-def _model(program: Program, version: int, description: Description) -> Any:
+def _model(program: Program, version: int, meanings: Mapping[str, str]) -> Any:
     """The model around the program: what an app sees of it."""
     from coremltools.converters.mil.backend.mil.helper import cast_to_framework_io_dtype
     from coremltools.proto import Model_pb2
 
     model = Model_pb2.Model(specificationVersion=version)
-    metadata = model.description.metadata
-    metadata.author = description.author
-    metadata.license = description.licence
-    metadata.versionString = description.version
-    metadata.shortDescription = description.summary
-    for key, text in description.user_defined.items():
-        metadata.userDefined[key] = text
     function = program.functions["main"]
     for features, variables in (
         (model.description.input, function.inputs.values()),
         (model.description.output, function.outputs),
     ):
         for var in variables:
-            feature = features.add(name=var.name, shortDescription=description.features.get(var.name, ""))
+            feature = features.add(name=var.name, shortDescription=meanings.get(var.name, ""))
             feature.type.multiArrayType.shape.extend(var.shape)
             feature.type.multiArrayType.dataType = cast_to_framework_io_dtype(var, is_output=False)
     return model

@@ -20,7 +20,7 @@ from glassine.convert.layer_patches import Differences, SharedFrames, check_comp
 from glassine.convert.lora import LoraFile, lora_patches
 from glassine.convert.lora_names import split_key
 from glassine.convert.names import Numbering, Source
-from glassine.convert.network import Base, ConvertOptions, Network, Size
+from glassine.convert.network import Base, Form, Network, Size
 from glassine.convert.program import Requests
 from glassine.convert.weights import FileWeights, Patch, Patched
 from glassine.errors import CheckpointError, ConversionError
@@ -284,7 +284,7 @@ def _decoder(checkpoint: Checkpoint, base: Base) -> Network:
         weights=_weights(checkpoint),
         source=checkpoint,
         files=(checkpoint.path,),
-        write=partial(_write_decoder, config, base.options),
+        write=partial(_write_decoder, config, base.options.form),
         config=config,
         summary=_SUMMARIES["decoder"],
         about={"family": base.family.name},
@@ -294,13 +294,13 @@ def _decoder(checkpoint: Checkpoint, base: Base) -> Network:
     )
 
 
-def _write_decoder(config: TransparentDecoderConfig, options: ConvertOptions, weights: Requests, size: Size) -> Program:
+def _write_decoder(config: TransparentDecoderConfig, form: Form, weights: Requests, size: Size) -> Program:
     """Write the decoder for the next size that it can have: pictures are padded and cut."""
     from glassine.models.transparency import transparent_decoder
 
     width, height = (-(-side // config.downscale) * config.downscale for side in size)
     return transparent_decoder(
-        config, weights, height=height, width=width, attention=options.attention, layout=options.layout
+        config, weights, height=height, width=width, attention=form.attention, layout=form.layout
     )
 
 
@@ -409,7 +409,7 @@ def _unet(
         weights=Patched(base.unet, [patch]),
         source=base.source,
         files=base.files,
-        write=partial(_write_unet, config, base.options),
+        write=partial(_write_unet, config, base.options.form),
         config=config,
         summary=_SUMMARIES[kind],
         about={
@@ -451,7 +451,7 @@ def controlled(network: Network, base: Base) -> Network:
         key=f"controlled_{network.key}",
         role=f"controlled_{network.role}",
         package=f"Controlled{network.package}",
-        write=partial(_write_unet, config, base.options),
+        write=partial(_write_unet, config, base.options.form),
         config=config,
         beside=network.key,
         changed=frozenset(),
@@ -483,17 +483,17 @@ def _fit_together(base: Base, patch: Patch) -> bool:
     return base.options.chunks == 1 and max(plain, alone) >= _WEIGHT_FILE
 
 
-def _write_unet(config: UNetConfig, options: ConvertOptions, weights: Requests, size: Size) -> Program:
+def _write_unet(config: UNetConfig, form: Form, weights: Requests, size: Size) -> Program:
     from glassine.models.unet import unet
 
     width, height = size
     return unet(
         config,
         weights,
-        batch=options.rows * max(1, config.frames),
+        batch=form.rows * max(1, config.frames),
         height=height // 8,
         width=width // 8,
-        tokens=options.tokens,
-        attention=options.attention,
-        layout=options.layout,
+        tokens=form.tokens,
+        attention=form.attention,
+        layout=form.layout,
     )

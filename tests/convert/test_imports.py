@@ -10,16 +10,21 @@ def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
 
-def test_no_framework_is_loaded_and_all_stay_importable():
+@pytest.mark.parametrize(
+    "how", ["import_coremltools()", "import_coremltools_quietly_later(); import coremltools.proto"]
+)
+def test_no_framework_is_loaded_and_all_stay_importable(how):
     done = run(
-        """
+        f"""
 import logging, sys
 level = logging.getLogger("coremltools").level
-from glassine.convert.imports import import_coremltools
+from glassine.convert.imports import import_coremltools, import_coremltools_quietly_later
 finders = list(sys.meta_path)
-import_coremltools()
-assert not {"torch", "sklearn", "scipy", "transformers", "tensorflow", "xgboost"} & set(sys.modules)
+{how}
+assert not {{"torch", "sklearn", "scipy", "transformers", "tensorflow", "xgboost"}} & set(sys.modules)
 assert sys.meta_path == finders
+assert type(sys.modules["coremltools"].__loader__).__name__ == "SourceFileLoader"
+assert sys.modules["coremltools"].__spec__.loader is sys.modules["coremltools"].__loader__
 assert logging.getLogger("coremltools").level == level
 import coremltools as ct
 assert ct.target.iOS16
