@@ -69,14 +69,28 @@ def previews_of(asked: dict[str, Any]) -> tuple[Further, ...]:
 @click.argument("model", type=FOLDER)
 @click.argument("action", type=click.Choice(["add", "remove", "list"]))
 @click.argument("names", nargs=-1, metavar="[FILE[=S] | NAME]...")
+@click.option("--source", type=click.Path(path_type=Path),
+              help="The checkpoint that MODEL was made of; merging into a UNet with palettes needs its weights.")
+@click.option("--with", "given", type=click.Path(path_type=Path), multiple=True,
+              help="A LoRA that went into MODEL with the checkpoint, or a folder that has it; may be repeated.")
+@click.option("--allow-pickle", is_flag=True, help="SOURCE may be a PyTorch pickle; see convert.")
 @as_json
-def lora(model: Path, action: str, names: tuple[str, ...], as_json: bool) -> None:
+def lora(
+    model: Path,
+    action: str,
+    names: tuple[str, ...],
+    source: Path | None,
+    given: tuple[Path, ...],
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
     """Put LoRAs into a model, or take them out.
 
     MODEL's weights are changed in place, in seconds: `add` merges FILE at strength S (1; or UNET,TEXT), a LoRA that is
     in already changes its strength; `remove` takes out those named. The model keeps a copy of each file in
     MODEL/loras, and its weights as they were: the checkpoint is not needed, and taking all LoRAs out gives the old
-    bytes back. Interrupted, it leaves the old model or the new one.
+    bytes back. Interrupted, it leaves the old model or the new one. A model whose UNet has palettes changes from the
+    weights of its checkpoint, --source, and its layers get palettes again.
 
     \b
     Example:
@@ -84,19 +98,25 @@ def lora(model: Path, action: str, names: tuple[str, ...], as_json: bool) -> Non
       glassine lora dreamshaper add detail.safetensors=0.5,0 light.safetensors
       glassine lora dreamshaper remove ink
       glassine lora dreamshaper list
+      glassine lora small add ink.safetensors=0.8 --source dreamshaper_8.safetensors
     """
+    from glassine.convert.ingredients import exact_unet
     from glassine.convert.lora import LoraFile
     from glassine.convert.swap import add_loras, remove_loras
     from glassine.manifest import Manifest
 
     if (action == "list") == bool(names):
         raise click.UsageError("'list' takes no names" if names else f"'{action}' takes at least one LoRA")
+    if source is None and (given or allow_pickle):
+        raise click.UsageError("--with and --allow-pickle are about --source")
     manifest = Manifest.read(model)
-    if action == "add":
-        manifest = add_loras(model, [LoraFile.parse(words) for words in names])
-    elif action == "remove":
+    if action == "remove":
         _check_removable(model, manifest.loras, names)
-        manifest = remove_loras(model, names)
+    exact = None if source is None else exact_unet(model, source, given, allow_pickle=allow_pickle)
+    if action == "add":
+        manifest = add_loras(model, [LoraFile.parse(words) for words in names], exact)
+    elif action == "remove":
+        manifest = remove_loras(model, names, exact)
     lines = [_line(merged) for merged in manifest.loras]
     result = {"folder": str(model), "loras": [dataclasses.asdict(merged) for merged in manifest.loras]}
     give(result, "\n".join(lines) if lines else f"{model}: no LoRAs", as_json)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from glassine.convert.checkpoint import Checkpoint
 from glassine.convert.clone import link_or_copy
 from glassine.convert.digest import Files, digests
-from glassine.convert.index import Index, Place, read_indices, save_index
+from glassine.convert.index import SUFFIX, Index, Packed, Place, read_indices, save_index
 from glassine.convert.network import Base, ConvertOptions, Further, Network, Size
 from glassine.convert.package import check_space, read_records
 from glassine.convert.packages import (
@@ -37,7 +37,8 @@ from glassine.convert.packages import (
     plan_packages,
     write_packages,
 )
-from glassine.convert.program import ALIGNMENT, Plan, Requests, Weight
+from glassine.convert.palettize import Palette
+from glassine.convert.program import ALIGNMENT, Encoded, Plan, Requests, Weight
 from glassine.convert.swap import explained, locked
 from glassine.convert.transparency import controlled
 from glassine.convert.weights import Span
@@ -56,8 +57,10 @@ def add_networks(
     further: Sequence[Further],
     report: Report,
     *,
+    palette: Palette | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    place: Path | None = None,
 ) -> Manifest:
     """Add networks to a model folder: all of them, or none.
 
@@ -66,8 +69,10 @@ def add_networks(
         further: each lists networks for the base it is given. One that lives beside another and is in the folder
             already (a UNet that takes what control networks give) is left as it is.
         report: called often, from this thread.
+        palette: how control networks store their weights; UNets have the form of the folder's own.
         overwrite: a network that is in the folder already is replaced.
         dry_run: check everything and write nothing.
+        place: write their packages there, on the folder's disk; the folder stays as it is.
 
     Returns:
         The folder's new manifest.
@@ -89,7 +94,8 @@ def add_networks(
         steered, patched = _controlled(folder, manifest, networks, base)
         networks += steered
         homes = {"unet": PackagedWeights(folder, manifest, "unet"), **patched}
-        hosts = {key: Host(weights, weights.plan, weights.cuts) for key, weights in homes.items()}
+        hosts = {key: Host(weights, weights.plan, weights.cuts, weights.newest) for key, weights in homes.items()}
+        networks = [_packed_as(network, homes["unet"].palette, palette) for network in networks]
         with digests(hashed_files(networks), skip=dry_run) as digest:
             packages = plan_packages(networks, manifest.sizes, manifest.name, report, hosts)
             for package in packages:
@@ -97,18 +103,31 @@ def add_networks(
                     homes[package.home].share(package)
             if dry_run:
                 return _manifest(manifest, packages, {}, base)
+            if place is not None:
+                check_space(place, bytes_needed(packages))
+                write_packages(place, packages, report)
+                return _manifest(manifest, packages, {}, base)
             with explained(folder):
                 staged = store / "swap.partial"
                 shutil.rmtree(staged, ignore_errors=True)
                 staged.mkdir()
                 check_space(staged, bytes_needed(packages))
-                write_packages(staged, packages, report)
-                _continue_indices(folder, staged, packages)
-                changed = _manifest(manifest, packages, digest(), base)
-                changed.write(staged)
+                try:
+                    write_packages(staged, packages, report)
+                    _continue_indices(folder, staged, packages)
+                    changed = _manifest(manifest, packages, digest(), base)
+                    changed.write(staged)
+                except BaseException:  # Ctrl-C too
+                    shutil.rmtree(staged, ignore_errors=True)
+                    raise
                 staged.rename(store / "swap")
                 finish_swap(folder)
     return changed
+
+
+def _packed_as(network: Network, unet: Palette | None, asked: Palette | None) -> Network:
+    """The network with the form its weights get: in the UNet's file the UNet's, else the one that was asked for."""
+    return network.with_palette(asked if network.beside is None else unet)
 
 
 def base_of(folder: Path, manifest: Manifest) -> Base:
@@ -164,10 +183,10 @@ class PackagedWeights:
         assert part is not None  # sizes are those of UNets
         files: list[str] = part.about.get("chunks", [part.file])
         unknown = [file for file in files if file not in self._indices]
-        if part.palette is not None or unknown:
+        if unknown:
             raise PackageError(
-                f"{self._folder / files[0]}: its weights cannot be read back (they are palettes, or have no index); "
-                "convert the checkpoint again, with this file beside it"
+                f"{self._folder / unknown[0]}: where its weights lie is not known (no {Path(unknown[0]).stem}{SUFFIX} "
+                "beside it); convert the checkpoint again, with this file"
             )
         return files
 
@@ -185,14 +204,37 @@ class PackagedWeights:
             if place.owner == owner
         }
 
-    @property
+    @cached_property
+    def _packed(self) -> Mapping[str, Packed]:
+        return {
+            weight.name: weight
+            for owner in ("", self._role)
+            for file in self.files(self._manifest.sizes[0])
+            for weight in self.index(file).packed
+            if weight.owner == owner
+        }
+
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every weight and its shape."""
-        return {name: place.shape for name, (_, place) in self._places.items()}
+        plain = {name: place.shape for name, (_, place) in self._places.items()}
+        return plain | {name: weight.shape for name, weight in self._packed.items()}
+
+    @property
+    def palette(self) -> Palette | None:
+        """How its weights are stored in fewer bits, by their names."""
+        return Palette(None, {name: weight.form for name, weight in self._packed.items()}) if self._packed else None
+
+    @cached_property
+    def newest(self) -> bool:
+        """Whether it is in the opset of macOS 15, as its records of 4 and 6 bits say."""
+        files = self.files(self._manifest.sizes[0]) if self._packed else []
+        records = (record for file in files for record in read_records(self._folder / file / WEIGHT_FILE))
+        return any(record.dtype in ("uint4", "uint6") for record in records)
 
     def cuts(self, size: Size) -> list[int]:
         """Bytes of weights in front of each cut between the chunks of a size."""
-        sizes = [sum(place.nbytes for place in self.index(file).places) for file in self.files(size)]
+        sizes = [sum(nbytes for _, nbytes in _spans(self.index(file))) for file in self.files(size)]
         return list(itertools.accumulate(sizes))[:-1]
 
     def plan(self, size: Size) -> Plan:
@@ -205,12 +247,20 @@ class PackagedWeights:
         known = next(other for other in others if other.samefile(path))
         plan = Plan(onto=known, begin=self.index(file).size)
         records = {record.data_offset: record for record in read_records(path)}
-        held = {place.offset: (place.dtype, place.nbytes) for place in self.index(file).places}
-        if any(at not in records or (records[at].dtype, records[at].nbytes) != what for at, what in held.items()):
+        held = dict(_spans(self.index(file)))
+        dtypes = {place.offset: place.dtype for place in self.index(file).places}
+        if any(at not in records or records[at].nbytes != nbytes for at, nbytes in held.items()) or any(
+            records[at].dtype != dtype for at, dtype in dtypes.items()
+        ):
             raise PackageError(f"{path}: does not hold what its index says; convert the model again")
         for name, (_, place) in self._places.items():
             weight = Weight(name, place.shape, place.scale, "float32" if place.dtype == "float32" else "float16")
             plan.know(weight, place.dtype, place.offset - ALIGNMENT)
+        for name, packed in self._packed.items():
+            weight = Weight(name, packed.stored, packed.scale, "float16")
+            for item, at in packed.offsets.items():
+                content = Encoded(weight, packed.stored, packed.form, item)
+                plan.know(content, records[at].dtype, records[at].offset)
         with path.open("rb") as opened:
             for at, record in records.items():
                 if at not in held:  # a literal of the graphs
@@ -226,25 +276,39 @@ class PackagedWeights:
         """
         file = self.files(package.size)[package.chunk - 1]
         path, plan = self._folder / file / WEIGHT_FILE, package.lowered.plan
-        places = {place.offset: (place.name, place.scale) for place in self.index(file).places}
-        weights = {record.data_offset: (weight.name, weight.scale) for record, weight in plan.weights()}
+        index = self.index(file)
+        places = {stored.offset: (stored.name, stored.scale) for stored in index.places}
+        places |= {at: (weight.name, weight.scale) for weight in index.packed for at in weight.spans}
+        asked = [
+            (r.data_offset, r.content.weight if isinstance(r.content, Encoded) else r.content) for r in plan.records
+        ]
+        weights = {at: (content.name, content.scale) for at, content in asked if isinstance(content, Weight)}
         records = [(record.offset, record.nbytes, record.dtype) for record in plan.records]
         if weights != places or records != [(r.offset, r.nbytes, r.dtype) for r in read_records(path)]:
             raise PackageError(
                 f"{self._folder / file}: was cut elsewhere than {package.file} would be; convert the checkpoint again, "
                 "with this file beside it"
             )
-        plan.onto, plan.begin, plan.records = path, self.index(file).size, []
+        plan.onto, plan.begin, plan.records = path, index.size, []
 
     def span(self, name: str) -> Span | None:
         """Where the bytes lie, where nothing was folded into them."""
-        path, place = self._places[name]
-        if place.scale != 1.0:
+        if name in self._packed or self._places[name][1].scale != 1.0:
             return None
+        path, place = self._places[name]
         return Span(path, place.offset, place.nbytes, place.dtype)
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.floating[Any]]:
-        """The flat elements [start, stop), as precise as they were stored."""
+        """The flat elements [start, stop), as precise as they were stored.
+
+        Raises:
+            PackageError: they were stored in fewer bits.
+        """
+        if name in self._packed:
+            raise PackageError(
+                f"{self._folder}: {name} is stored in {self._packed[name].form} bits, and what this file adds to it is "
+                "smaller than what that has lost; convert the checkpoint again, with this file and the palette"
+            )
         path, place = self._places[name]
         size = np.dtype(place.dtype).itemsize
         stored = np.fromfile(path, dtype=place.dtype, count=stop - start, offset=place.offset + start * size)
@@ -259,6 +323,13 @@ class PackagedWeights:
     def origin(self, name: str) -> str:
         """Package and name, for messages."""
         return f"{self._folder / self._manifest.parts[self._role].file}: weight {name}"
+
+
+def _spans(index: Index) -> Iterator[tuple[int, int]]:
+    """Offset and bytes of every record that is a weight, or an item of one."""
+    yield from ((place.offset, place.nbytes) for place in index.places)
+    for weight in index.packed:
+        yield from weight.spans.items()
 
 
 def _new(folder: Path, manifest: Manifest, networks: Sequence[Network], overwrite: bool) -> list[Network]:
@@ -317,10 +388,17 @@ def _manifest(manifest: Manifest, packages: Sequence[Planned], digests: Mapping[
     source = manifest.parts["unet"]
     for package in packages:
         if package.network.source is base.source:
-            new[package.key] = replace(new[package.key], source=source.source, source_sha256=source.source_sha256)
+            new[package.key] = _as_its_unet(new[package.key], source)
     replaced = {package.network.key for package in packages}
     kept = {key: part for key, part in manifest.parts.items() if _network_key(key) not in replaced}
     return replace(manifest, parts={**kept, **new})
+
+
+def _as_its_unet(part: Part, unet: Part) -> Part:
+    """A part with the weights of the folder's UNet: made of what that was made of, and with what that has lost."""
+    lost = {"palette": unet.about["palette"]} if "palette" in unet.about else {}
+    about = {**part.about, **lost}
+    return replace(part, source=unet.source, source_sha256=unet.source_sha256, palette=unet.palette, about=about)
 
 
 def _network_key(key: str) -> str:
@@ -338,7 +416,8 @@ def _continue_indices(folder: Path, staged: Path, packages: Sequence[Planned]) -
         if onto is None or package.file not in new:
             continue
         siblings = [name for name in old if (folder / name / WEIGHT_FILE).samefile(onto)]
-        index = replace(new[package.file], places=(*old[siblings[0]].places, *new[package.file].places))
+        before, added = old[siblings[0]], new[package.file]
+        index = replace(added, places=(*before.places, *added.places), packed=(*before.packed, *added.packed))
         save_index(staged, index)
         if onto in done or not package.lowered.plan.records:
             continue

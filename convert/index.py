@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from glassine.convert.program import Encoded, Plan
+from glassine.convert.palettize import Form, Item
+from glassine.convert.program import Encoded, Plan, Weight, bits_of
 from glassine.convert.weights import WeightSource
-from glassine.errors import PackageError
+from glassine.errors import ConversionError, PackageError
 
 FORMAT_VERSION = 1
 SUFFIX = ".weights.json"
@@ -43,6 +45,32 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """The weight `name` times `scale` in fewer bits: where the data of each item of its form lies.
+
+    shape: the source's. stored: the program's, of which `form.items` says what the records are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+    scale: float
+    form: Form
+    offsets: Mapping[Item, int]
+    owner: str = ""
+
+    def nbytes(self, item: Item) -> int:
+        """Size of the data of an item, in bytes."""
+        shape, dtype = self.form.items(self.stored)[item]
+        return -(-math.prod(shape) * bits_of(dtype) // 8)
+
+    @property
+    def spans(self) -> dict[int, int]:
+        """Offset -> bytes of every item."""
+        return {at: self.nbytes(item) for item, at in self.offsets.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """The weights of one package: `part` is "unet", "text_encoder" or "text_encoder_2", `size` that of weight.bin."""
 
@@ -50,6 +78,7 @@ class Index:
     part: str
     size: int
     places: tuple[Place, ...]
+    packed: tuple[Packed, ...] = ()
 
 
 def part_of(role: str) -> str | None:
@@ -60,19 +89,28 @@ def part_of(role: str) -> str | None:
 
 
 def write_index(folder: Path, package: str, role: str, plan: Plan, weights: WeightSource) -> None:
-    """Write the index of `package` (its file name) into `folder`, if it is one that LoRAs change.
-
-    A package whose weights are stored in fewer bits has none: what they were is not in it.
-    """
+    """Write the index of `package` (its file name) into `folder`, if it is one that LoRAs change."""
     part = part_of(role)
-    if part is None or any(isinstance(record.content, Encoded) for record in plan.records):
+    if part is None:
         return
     places = []
     for record, weight in plan.weights():
         owner, _, name = weight.name.rpartition(":")  # a guest's own weights are called "key:name"
         shape = weights.shapes[weight.name]
         places.append(Place(name, shape, record.dtype, weight.scale, record.data_offset, owner))
-    save_index(folder, Index(package, part, plan.file_size, tuple(places)))
+    save_index(folder, Index(package, part, plan.file_size, tuple(places), tuple(_packed(plan, weights))))
+
+
+def _packed(plan: Plan, weights: WeightSource) -> Iterator[Packed]:
+    """The weights in fewer bits, each with the records that it is stored in."""
+    found: dict[tuple[Weight, tuple[int, ...], Form], dict[Item, int]] = {}
+    for record in plan.records:
+        if isinstance(record.content, Encoded):
+            content = record.content
+            found.setdefault((content.weight, content.shape, content.form), {})[content.item] = record.data_offset
+    for (weight, stored, form), offsets in found.items():
+        owner, _, name = weight.name.rpartition(":")
+        yield Packed(name, weights.shapes[weight.name], stored, weight.scale, form, offsets, owner)
 
 
 def by_frame(places: Iterable[Place]) -> Iterator[Place]:
@@ -92,6 +130,7 @@ def by_frame(places: Iterable[Place]) -> Iterator[Place]:
 def save_index(folder: Path, index: Index) -> None:
     """Write an index into `folder`."""
     raw = {"format_version": FORMAT_VERSION, **asdict(index)}
+    raw["packed"] = [{**asdict(weight), "form": str(weight.form)} for weight in index.packed]
     (folder / f"{Path(index.package).stem}{SUFFIX}").write_text(json.dumps(raw) + "\n", encoding="utf-8")
 
 
@@ -110,29 +149,60 @@ def _read(path: Path) -> Index:
         if raw.pop("format_version") != FORMAT_VERSION:
             raise ValueError("written by a newer Glassine")
         places = tuple(Place(**{**place, "shape": tuple(place["shape"])}) for place in raw.pop("places"))
-        index = Index(places=places, **raw)
+        packed = tuple(_read_packed(**weight) for weight in raw.pop("packed", ()))
+        index = Index(places=places, packed=packed, **raw)
         if Path(index.package).name != index.package or index.package != f"{path.name.removesuffix(SUFFIX)}.mlpackage":
             raise ValueError(f"it is of {index.package!r}")
         if part_of(index.part) != index.part or type(index.size) is not int:
             raise ValueError(f"part {index.part!r}, size {index.size!r}")
         for place in places:
             _check(place, index.size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        for weight in packed:
+            _check_packed(weight, index.size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConversionError) as error:
         raise PackageError(f"{path}: cannot be used ({error}); convert the model again") from None
     return index
 
 
+def _read_packed(*, shape: list[int], stored: list[int], form: str, **rest: Any) -> Packed:
+    return Packed(shape=tuple(shape), stored=tuple(stored), form=Form.read(form), **rest)
+
+
 def _check(place: Place, size: int) -> None:
     good = (
-        isinstance(place.name, str)
-        and isinstance(place.owner, str)
+        _is_weight(place)
         and place.dtype in _DTYPES
-        and all(type(length) is int and length >= 0 for length in place.shape)
+        and _are_sizes(place.shape)
         and type(place.offset) is int
         and 0 <= place.offset <= place.offset + place.nbytes <= size
-        and isinstance(place.scale, (int, float))
-        and math.isfinite(place.scale)
-        and place.scale != 0
     )
     if not good:
         raise ValueError(f"{place} is no record of a file of {size} bytes")
+
+
+def _check_packed(weight: Packed, size: int) -> None:
+    good = (
+        _is_weight(weight)
+        and _are_sizes(weight.shape)
+        and _are_sizes(weight.stored)
+        and math.prod(weight.shape) == math.prod(weight.stored)
+        and weight.form.fits(weight.stored)
+        and set(weight.offsets) == set(weight.form.items(weight.stored))
+        and all(type(at) is int and 0 <= at <= at + nbytes <= size for at, nbytes in weight.spans.items())
+    )
+    if not good:
+        raise ValueError(f"{weight} is no weight of a file of {size} bytes")
+
+
+def _is_weight(stored: Place | Packed) -> bool:
+    return (
+        isinstance(stored.name, str)
+        and isinstance(stored.owner, str)
+        and isinstance(stored.scale, (int, float))
+        and math.isfinite(stored.scale)
+        and stored.scale != 0
+    )
+
+
+def _are_sizes(shape: tuple[int, ...]) -> bool:
+    return all(type(length) is int and length >= 0 for length in shape)

@@ -10,11 +10,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from glassine.convert.checkpoint import open_checkpoint
+from glassine.convert.detect import detect
+from glassine.convert.digest import digests
 from glassine.convert.embeddings import EmbeddingFile
-from glassine.convert.extras import Extras, file_sha256
+from glassine.convert.extras import Extras, file_sha256, with_extras
+from glassine.convert.folder import files_of
 from glassine.convert.index import part_of
 from glassine.convert.lora import LoraFile
 from glassine.convert.swap import LORAS
+from glassine.convert.weights import WeightSource
 from glassine.errors import PackageError
 from glassine.manifest import Manifest, MergedLora
 
@@ -81,6 +86,32 @@ def ingredients(
         allow_pickle=allow_pickle,
     )
     return Ingredients(converted, tuple(lora_files(removable=True)))
+
+
+def exact_unet(folder: Path, source: Path, given: Sequence[Path] = (), *, allow_pickle: bool = False) -> WeightSource:
+    """Return the weights of a folder's UNet as they were before they were stored in fewer bits.
+
+    Args:
+        source: the checkpoint that the folder was made of; its sha256 is compared. given: as `ingredients` has it.
+
+    Raises:
+        PackageError: it is another checkpoint, or a file that went over it is not at hand.
+        CheckpointError, ConversionError: the source cannot be read.
+    """
+    manifest = Manifest.read(folder)
+    checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
+    files = files_of(checkpoint, "unet")
+    with digests([files]) as digest:
+        detected = detect(checkpoint, family=manifest.family)
+        found = ingredients(folder, manifest, given, parts=["unet"], allow_pickle=allow_pickle)
+        detected = with_extras(checkpoint, detected, found.converted)
+        sha256, made_of = digest()[files], manifest.parts["unet"]
+    if sha256 != made_of.source_sha256:
+        raise PackageError(
+            f"{source}: the sha256 of its UNet is {sha256[:12]}..., {folder} was made of {made_of.source} with "
+            f"{made_of.source_sha256[:12]}...; give that one"
+        )
+    return detected.parts["unet"]
 
 
 def _lora(path: Path, lora: MergedLora) -> LoraFile:

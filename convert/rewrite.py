@@ -15,35 +15,45 @@ from numpy.typing import NDArray
 
 from glassine.convert.clone import cloned, copy_range, write_all
 from glassine.convert.half import all_finite, to_float16, to_float32
-from glassine.convert.index import Place
+from glassine.convert.index import Index, Packed, Place
 from glassine.convert.lora import Lora
+from glassine.convert.palettize import encode
 from glassine.convert.tiles import row_ranges
+from glassine.convert.weights import WeightSource
 from glassine.errors import ConversionError
 
 _WRITERS = 2
 
 
-def write_changed(base: Path, target: Path, places: Sequence[Place], patches: Sequence[Lora]) -> None:
+def write_changed(
+    base: Path, target: Path, index: Index, patches: Sequence[Lora], exact: WeightSource | None = None
+) -> None:
     """Write `target`: the weight.bin `base` with the patches over its weights, each record computed in float32.
 
     Args:
-        places: every weight of the file.
+        index: every weight of the file.
         patches: the first one at the bottom.
+        exact: the weights that the file has in fewer bits, as they were before; None: the patches change none of them.
 
     Raises:
         ConversionError: a weight is no longer finite, or too large for fp16.
         OSError: the disk.
     """
-    over = {place: [patch for patch in patches if place.name in patch.shapes] for place in places}
-    changed = sorted((place for place in places if over[place]), key=lambda place: place.offset)
+    over = [(place, [patch for patch in patches if place.name in patch.shapes]) for place in index.places]
+    changed = [(place, above) for place, above in over if above]
+    repacked = [(weight, [patch for patch in patches if weight.name in patch.shapes]) for weight in index.packed]
+    repacked = [(weight, above) for weight, above in repacked if above]
+    spans = [(place.offset, place.nbytes) for place, _ in changed]
+    spans += [span for weight, _ in repacked for span in weight.spans.items()]
     is_clone = cloned(base, target)
     with base.open("rb", buffering=0) as old, target.open("r+b" if is_clone else "xb", buffering=0) as new:
         source, out = old.fileno(), new.fileno()
         size = os.fstat(source).st_size
         os.ftruncate(out, size)
-        work = [(place.offset, partial(_rewrite, source, out, place, over[place])) for place in changed]
+        work = [(place.offset, partial(_rewrite, source, out, place, above)) for place, above in changed]
+        work += [(min(weight.spans), partial(_repack, exact, out, weight, above)) for weight, above in repacked]
         if not is_clone:
-            work += [(start, partial(copy_range, source, out, start, stop)) for start, stop in _between(changed, size)]
+            work += [(start, partial(copy_range, source, out, start, stop)) for start, stop in _between(spans, size)]
         with ThreadPoolExecutor(_WRITERS) as pool:
             # In the file's order: while one thread computes, the other copies.
             jobs = [pool.submit(job) for _, job in sorted(work, key=lambda work: work[0])]
@@ -56,13 +66,13 @@ def write_changed(base: Path, target: Path, places: Sequence[Place], patches: Se
                 raise
 
 
-def _between(places: Sequence[Place], size: int) -> Iterator[tuple[int, int]]:
-    """The ranges of a file that no place covers; the places are in its order."""
+def _between(spans: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file that no span (offset, bytes) covers."""
     at = 0
-    for place in places:
-        if place.offset > at:
-            yield at, place.offset
-        at = max(at, place.offset + place.nbytes)
+    for offset, nbytes in sorted(spans):
+        if offset > at:
+            yield at, offset
+        at = max(at, offset + nbytes)
     if at < size:
         yield at, size
 
@@ -84,6 +94,21 @@ def _rewrite(source: int, out: int, place: Place, patches: Sequence[Lora]) -> No
             add(start, stop, values.reshape(-1, columns))
         at = place.offset + start * columns * np.dtype(place.dtype).itemsize
         write_all(out, _stored(place, patches, values), at)
+
+
+def _repack(exact: WeightSource | None, out: int, weight: Packed, patches: Sequence[Lora]) -> None:
+    """Write the items of a weight in fewer bits, as a conversion with these patches does."""
+    assert exact is not None  # see `change_loras`
+    values = exact.read(weight.name, 0, math.prod(weight.shape)).astype(np.float32)
+    for patch in patches:
+        values = patch.apply(weight.name, values.reshape(weight.shape))
+    whole = Place(weight.name, weight.shape, "float16", weight.scale, 0)
+    half = np.frombuffer(_stored(whole, patches, values), np.float16).reshape(weight.stored)
+    for item, pieces in encode(half, weight.form).items.items():
+        at = weight.offsets[item]
+        for piece in pieces:
+            write_all(out, piece.data, at)
+            at += len(piece)
 
 
 def _read(source: int, place: Place, start: int, stop: int) -> NDArray[np.float32]:

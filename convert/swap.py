@@ -31,6 +31,7 @@ from glassine.convert.index import Index, by_frame, part_of, read_indices
 from glassine.convert.lora import Lora, LoraFile, lora_patches
 from glassine.convert.package import check_space
 from glassine.convert.rewrite import write_changed
+from glassine.convert.weights import WeightSource
 from glassine.errors import CheckpointError, PackageError
 from glassine.manifest import FILE_NAME, STORE, WEIGHT_FILE, Manifest, MergedLora, finish_swap
 
@@ -55,18 +56,19 @@ class _Shapes:
         self.shapes: dict[str, tuple[int, ...]] = {}
 
 
-def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
+def change_loras(folder: Path, loras: Sequence[LoraFile], exact: WeightSource | None = None) -> Manifest:
     """Make `loras` the removable LoRAs of a model folder, in place of those it has.
 
     Args:
         folder: made by `glassine convert`.
         loras: in the order they are merged; empty restores the weights as converted, byte for byte.
+        exact: where the UNet is stored in fewer bits, its weights as they were before that.
 
     Returns:
         The folder's new manifest.
 
     Raises:
-        PackageError: the folder cannot be changed, or is being changed.
+        PackageError: the folder cannot be changed, or is being changed, or needs the `exact` weights.
         CheckpointError, ConversionError: a LoRA is none, or not for this model; nothing is changed.
     """
     with locked(folder) as store:
@@ -77,13 +79,14 @@ def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
         changed = replace(manifest, loras=(*fixed, *described(loras, removable=True)))
         parts = {home.index.part for home in homes if _is_changed(home, patches) or home.kept}
         touched = [home for home in homes if home.index.part in parts]
+        _check_exact(folder, homes, patches, exact)
         check_space(store, sum(home.index.size for home in touched if _is_changed(home, patches)))
         _refuse_compiled(folder, touched)
         with explained(folder):
             staged = store / "swap.partial"
             staged.mkdir()
             for home in touched:
-                _stage(home, patches, staged)
+                _stage(home, patches, staged, exact)
                 _keep_base(home, store)
             changed.write(staged)
             staged.rename(store / "swap")  # from here on the change has happened
@@ -93,7 +96,7 @@ def change_loras(folder: Path, loras: Sequence[LoraFile]) -> Manifest:
     return changed
 
 
-def add_loras(folder: Path, files: Sequence[LoraFile]) -> Manifest:
+def add_loras(folder: Path, files: Sequence[LoraFile], exact: WeightSource | None = None) -> Manifest:
     """Add LoRAs to those in a model folder, or give those that are in it another strength; the folder keeps the files.
 
     Raises:
@@ -104,7 +107,7 @@ def add_loras(folder: Path, files: Sequence[LoraFile]) -> Manifest:
     fresh = [kept / file.path.name for file in files if not (kept / file.path.name).exists()]
     try:
         added = [replace(file, path=keep_file(folder, file.path)) for file in files]
-        return change_loras(folder, [*applied(folder, but={file.path.stem for file in files}), *added])
+        return change_loras(folder, [*applied(folder, but={file.path.stem for file in files}), *added], exact)
     except BaseException:  # Ctrl-C too, which may come after the change has been decided
         inside = {lora.name for lora in Manifest.read(folder).loras}
         for path in fresh:
@@ -115,13 +118,13 @@ def add_loras(folder: Path, files: Sequence[LoraFile]) -> Manifest:
         raise
 
 
-def remove_loras(folder: Path, names: Collection[str]) -> Manifest:
+def remove_loras(folder: Path, names: Collection[str], exact: WeightSource | None = None) -> Manifest:
     """Take the LoRAs of these names out of a model folder; their files stay in its `loras`.
 
     Raises:
         As `change_loras`.
     """
-    return change_loras(folder, applied(folder, but=names))
+    return change_loras(folder, applied(folder, but=names), exact)
 
 
 def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
@@ -138,6 +141,7 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
         if not place.is_dir():
             patches = _patches(homes, wanted)
             changed = [home for home in homes if _is_changed(home, patches)]
+            _check_exact(folder, homes, patches, None)
             check_space(store, sum(home.index.size for home in changed))
             with explained(folder):
                 partial = place.with_name(f"{place.name}.partial")
@@ -145,7 +149,7 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
                 partial.mkdir()
                 _link_tree(folder, partial, [name for home in changed for name in home.packages])
                 for home in changed:
-                    _write_home(home, patches, [partial / name / WEIGHT_FILE for name in home.packages])
+                    _write_home(home, patches, [partial / name / WEIGHT_FILE for name in home.packages], None)
                 replace(manifest, loras=(*manifest.loras, *described(loras, removable=False))).write(partial)
                 partial.rename(place)
         os.utime(place)
@@ -249,19 +253,15 @@ def _settled(folder: Path, store: Path) -> Manifest:
             )
     else:
         shutil.rmtree(store / "base", ignore_errors=True)
-    small = [part.file for part in manifest.parts.values() if part.palette is not None and part_of(part.role)]
-    if small:
-        raise PackageError(
-            f"{folder}: {', '.join(small)} holds palettes, into which nothing can be merged; "
-            "convert the checkpoint again with --lora and the palette"
-        )
     return manifest
 
 
 def _homes(folder: Path) -> list[_Home]:
     """The weight files of a folder; packages share one where it is one file, hard-linked."""
     indices = read_indices(folder)
-    if not indices:
+    parts = Manifest.read(folder).parts.values()
+    files = {file for part in parts if part_of(part.role) for file in part.about.get("chunks", [part.file])}
+    if not indices or not files <= {index.package for index in indices}:
         raise PackageError(
             f"{folder}: says nothing of where its weights lie (no *.weights.json), so no LoRA can be merged into it; "
             "convert the checkpoint again, or with --lora"
@@ -301,7 +301,7 @@ def _patches(homes: Sequence[_Home], loras: Sequence[LoraFile]) -> dict[str, lis
     parts: dict[str, _Shapes] = {}
     for home in homes:
         shapes = parts.setdefault(home.index.part, _Shapes()).shapes
-        shapes.update({place.name: place.shape for place in home.index.places})
+        shapes.update({stored.name: stored.shape for stored in (*home.index.places, *home.index.packed)})
     patches: dict[str, list[Lora]] = {part: [] for part in parts}
     for file in loras:
         for part, patch in lora_patches(file, parts).items():
@@ -310,22 +310,51 @@ def _patches(homes: Sequence[_Home], loras: Sequence[LoraFile]) -> dict[str, lis
 
 
 def _is_changed(home: _Home, patches: Mapping[str, Sequence[Lora]]) -> bool:
-    names = {place.name for place in home.index.places}
+    names = {stored.name for stored in (*home.index.places, *home.index.packed)}
     return any(not names.isdisjoint(patch.shapes) for patch in patches[home.index.part])
 
 
-def _stage(home: _Home, patches: Mapping[str, Sequence[Lora]], staged: Path) -> None:
+def _check_exact(
+    folder: Path, homes: Sequence[_Home], patches: Mapping[str, Sequence[Lora]], exact: WeightSource | None
+) -> None:
+    """Refuse to merge into weights that were stored in fewer bits, but for those whose exact ones are given.
+
+    A LoRA moves a weight by less than the distance to the next number of its table, and would be rounded away: of one
+    as large as 1 % of the weights, 6 bits keep 0.3 %.
+    """
+    for home in homes:
+        names = {name for patch in patches[home.index.part] for name in patch.shapes}
+        packed = [weight for weight in home.index.packed if weight.name in names]
+        if any(weight.owner for weight in packed):
+            raise PackageError(
+                f"{folder}: has UNets with patches of their own in few bits ({packed[0].owner}); "
+                "convert the checkpoint again with --lora and the palette"
+            )
+        if packed and exact is None:
+            raise PackageError(
+                f"{folder}: its UNet is stored in {packed[0].form} bits, and their steps are larger than what a LoRA "
+                "changes, so merging needs the weights of the checkpoint that it was made of: "
+                f"glassine lora {folder} add FILE --source CHECKPOINT"
+            )
+        wrong = [w.name for w in packed if exact is not None and exact.shapes.get(w.name) != w.shape]
+        if wrong:
+            raise PackageError(f"{folder}: {wrong[0]} has another shape in the source; give the one it was made of")
+
+
+def _stage(home: _Home, patches: Mapping[str, Sequence[Lora]], staged: Path, exact: WeightSource | None) -> None:
     """Put the home's next weight.bin under the name of each of its packages."""
     targets = [staged / f"{package}.bin" for package in home.packages]
     if _is_changed(home, patches):
-        _write_home(home, patches, targets)
+        _write_home(home, patches, targets, exact)
     else:
         for target in targets:
             link_or_copy(home.base, target)
 
 
-def _write_home(home: _Home, patches: Mapping[str, Sequence[Lora]], targets: Sequence[Path]) -> None:
-    write_changed(home.base, targets[0], home.index.places, patches[home.index.part])
+def _write_home(
+    home: _Home, patches: Mapping[str, Sequence[Lora]], targets: Sequence[Path], exact: WeightSource | None
+) -> None:
+    write_changed(home.base, targets[0], home.index, patches[home.index.part], exact)
     for target in targets[1:]:
         link_or_copy(targets[0], target)
 

@@ -20,7 +20,7 @@ from glassine.convert import clone, rewrite, swap
 from glassine.convert.control import Control, control_networks
 from glassine.convert.extras import Extras
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
-from glassine.convert.index import Place, read_indices
+from glassine.convert.index import Index, Place, read_indices
 from glassine.convert.lora import LoraFile, lora_patches
 from glassine.convert.swap import applied, change_loras, keep_file, variant
 from glassine.convert.weights import Arrays
@@ -349,7 +349,8 @@ def test_a_big_weight_costs_a_few_megabytes(checkpoints, tmp_path):
     path = checkpoints.write_safetensors(tmp_path / "l.safetensors", tensors, dtype="F32")
     patches = lora_patches(LoraFile(path), {"unet": Arrays({f"{name}.weight": weight})})
     tracemalloc.start()
-    rewrite.write_changed(base, tmp_path / "new.bin", [place], [patches["unet"]])
+    index = Index("Unet.mlpackage", "unet", base.stat().st_size, (place,))
+    rewrite.write_changed(base, tmp_path / "new.bin", index, [patches["unet"]])
     peak = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     assert peak < 30  # measured 14 MB, of which the file's tensors are 3
