@@ -25,7 +25,7 @@ def show(report: Report) -> None:
     if report.parts:
         _print(_times(report.parts), _limits(report.parts))
     if report.pictures is not None:
-        _print(_pictures(report.pictures))
+        _print(_pictures(report.pictures), _inside(report.pictures))
     for line in _remarks(report):
         click.echo("\n".join(textwrap.wrap(line, WIDTH, subsequent_indent="  ")))
 
@@ -93,35 +93,41 @@ def _limits(parts: Sequence[Measured]) -> Table:
 
 
 def _pictures(pictures: Measured) -> Table:
-    energy = any(one.energy is not None for one in pictures.figures)
-    quality = any(one.quality is not None for one in pictures.figures)
-    further = [name for name, there in (("energy", energy), ("latents", quality)) if there]
-    table = _table("", "load", "first", "a picture (quartiles)", "a minute", "a step", "peak", *further, numbers=9)
-    table.add_row(f"[bold]whole pictures, {pictures.about['steps']} steps[/]")
+    table = _table("", "load", "first", "median (quartiles)", "a minute", "peak", numbers=5)
+    table.add_row(f"[bold]a picture, {pictures.about['steps']} steps[/]")
     for one in pictures.figures:
-        step = one.stages["denoise"] / max(1.0, one.stages["evaluations"])
         rate = "" if one.images_per_minute is None else f"{one.images_per_minute:.3g}"
-        cells = [seconds(one.warm_load), seconds(one.first), spread(one), rate, seconds(step)]
-        cells.append(f"{one.peak_bytes / 1e9:.2f} GB")
-        if energy:
-            cells.append("?" if one.energy is None else f"{one.energy['joules_per_picture']:.3g} J")
-        if quality:
-            psnr = None if one.quality is None else one.quality["psnr"]
-            cells.append("?" if one.quality is None else "equal" if psnr is None else f"{psnr:.1f} dB")
-        table.add_row(f"  {one.asked}", *cells)
+        peak = f"{one.peak_bytes / 1e9:.2f} GB"
+        table.add_row(f"  {one.asked}", seconds(one.warm_load), seconds(one.first), spread(one), rate, peak)
     for asked in pictures.failures:
         table.add_row(f"  {asked}", "failed")
+    return table
+
+
+def _inside(pictures: Measured) -> Table:
+    """What a picture's time, energy and latents come to."""
+    table = _table("", "prepare", "a step", "decode", "energy", "power", "latents", numbers=6)
+    table.add_row("[bold]of it[/]")
+    for one in pictures.figures:
+        stages, energy, judged = one.stages, one.energy, one.quality
+        step = stages["denoise"] / max(1.0, stages["evaluations"])
+        joules = "-" if energy is None else f"{energy['joules_per_picture']:.3g} J"
+        watts = "-" if energy is None else f"{sum(energy['watts'].values()):.3g} W"
+        psnr = "-" if judged is None else "equal" if judged["psnr"] is None else f"{judged['psnr']:.1f} dB"
+        times = (seconds(stages["prepare"]), seconds(step), seconds(stages["decode"]))
+        table.add_row(f"  {one.asked}", *times, joules, watts, psnr)
     return table
 
 
 def _remarks(report: Report) -> Iterator[str]:
     """What has to be said beside the figures: failures, other units than those asked for, doubts, sources."""
     for measured in report.measured():
-        for asked, reason in measured.failures.items():
-            yield f"failed: {measured.role} on {asked}: {reason}"
+        yield from (f"failed: {reason}" for reason in measured.failures.values())
         for one in measured.figures:
-            for words in (*one.notices, *one.warnings):
-                yield f"note: {measured.role} on {one.asked}: {words}"
+            yield from (f"note: {notice}" for notice in one.notices)
+            if one.warnings:
+                words = ", and ".join(one.warnings)
+                yield f"doubtful: {measured.role} on {one.asked}: {words}; measure again on a quiet, cool machine"
     for one in report.batching:
         few, many = one["rows"]
         word = f"{one['ratio']:.2f} times as fast a row as" if one["low"] > 1 or one["high"] < 1 else "no faster than"
@@ -151,8 +157,8 @@ def spread(one: Figures) -> str:
 def ran_on(one: Figures) -> str:
     """What really ran: the units, and where Core ML's plan puts the cost."""
     device = _WORDS.get(one.device, one.device)
-    device = device if device == one.asked else f"{device}, not {one.asked}"
-    return device if one.placement is None else f"{device}: {shares(one.placement)}"
+    words = [] if device == one.asked else [f"{device}, not {one.asked}:"]
+    return " ".join([*words, device if one.placement is None else shares(one.placement)])
 
 
 def shares(placement: Mapping[str, float]) -> str:
@@ -175,8 +181,9 @@ def _table(*columns: str, numbers: int) -> Table:
 def _print(*tables: Table) -> None:
     from rich.console import Console
 
-    console = Console(file=click.get_text_stream("stdout"), highlight=False)
+    console = Console(highlight=False)
+    console.width = max(WIDTH, console.width) if console.is_terminal else WIDTH
     for table in tables:
         console.print()
-        console.print(table, width=None if console.is_terminal else WIDTH)
+        console.print(table)
     console.print()

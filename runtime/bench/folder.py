@@ -70,6 +70,7 @@ class _Bench:
             raise PackageError(f"{folder}: converted for {sizes}; take one of these for --size, or convert it again")
         steps = {} if settings.steps is None else {"steps": settings.steps}
         self._steps = Request.from_dict({**manifest.defaults, **steps}).steps
+        self._other = self._other_unet()
         self._contenders = settings.contenders()
         self._core_ml = engine_name(settings.options) == "coreml"
         self._machine: Machine = this_machine()
@@ -131,7 +132,13 @@ class _Bench:
         packages = packages_of(self._model.folder, part)
         function = part.about.get("function")
         subjects = {
-            asked: Subject(packages=packages, options=options, function=function, cache=self._cache(asked), name=role)
+            asked: Subject(
+                packages=packages,
+                options=options,
+                function=function,
+                cache=self._cache(asked),
+                name=f"{role} on {asked}",
+            )
             for asked, options in self._contenders.items()
         }
         work = None if any(path.suffix == COMPILED for path in packages) else work_of(packages, function)
@@ -208,6 +215,7 @@ class _Bench:
                 size=self._size,
                 steps=settings.steps,
                 options=options,
+                name=f"pictures on {asked}",
                 cache=self._cache(asked),
                 keep=self._place / f"{asked}.npy",
             )
@@ -255,7 +263,7 @@ class _Bench:
             return None
         keep = self._place / "reference.npy"
         options = EngineOptions(engine="portable", device="cpu", precision="fp32")
-        subject = dataclasses.replace(subject, options=options, keep=keep, name="the reference")
+        subject = dataclasses.replace(subject, options=options, keep=keep, name="the reference picture")
         (timing,) = time_in_turns({"": subject}, Effort(runs=0, warmup=0, timeout=_REFERENCE), tell=self._tell).values()
         if isinstance(timing, Failure):
             self._notes.append(f"no quality: {timing.reason}")
@@ -266,19 +274,26 @@ class _Bench:
         """The same UNet with few and with many rows a call, in turns, on every choice of units."""
         if "unet" not in chosen:
             return ()
-        rows, other = self._model.manifest.batch, self._settings.other_batch
-        if other is None:
+        rows = self._model.manifest.batch
+        if self._other is None:
             self._notes.append(
                 f"batch {rows} was measured, not held against another; for that: 'glassine convert SOURCE OTHER "
                 f"--batch {1 if rows > 1 else 2}', and then this command with --other-batch OTHER"
             )
             return ()
-        beside = read_model(other)
-        if model_digest(beside) != model_digest(self._model) or beside.manifest.batch == rows:
-            raise RequestError(f"{other}: expected the same weights as {self._model.folder}, with another --batch")
-        part = parts_of(beside.manifest, self._size, ("unet",))["unet"]
-        unets = {rows: (self._model.folder, chosen["unet"]), beside.manifest.batch: (beside.folder, part)}
+        unets = {rows: (self._model.folder, chosen["unet"]), self._other[0]: self._other[1]}
         return tuple(one for asked in self._contenders if (one := self._batched(asked, unets)) is not None)
+
+    def _other_unet(self) -> tuple[int, tuple[Path, Part]] | None:
+        """The rows, the folder and the part of the same UNet with another batch, if one was given."""
+        folder = self._settings.other_batch
+        if folder is None:
+            return None
+        other = read_model(folder)
+        rows = other.manifest.batch
+        if model_digest(other) != model_digest(self._model) or rows == self._model.manifest.batch:
+            raise RequestError(f"{folder}: expected the same weights as {self._model.folder}, with another --batch")
+        return rows, (other.folder, parts_of(other.manifest, self._size, ("unet",))["unet"])
 
     def _batched(self, asked: str, unets: Mapping[int, tuple[Path, Part]]) -> Json | None:
         subjects = {
@@ -287,7 +302,7 @@ class _Bench:
                 options=self._contenders[asked],
                 function=part.about.get("function"),
                 cache=self._cache(asked),
-                name=f"unet, batch {rows}",
+                name=f"unet, batch {rows}, on {asked}",
             )
             for rows, (folder, part) in sorted(unets.items())
         }

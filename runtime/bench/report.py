@@ -211,7 +211,7 @@ def mismatch(value: object, expected: Json, whole: Json, where: str = "") -> str
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
         return f"{at} is {_shown(value)}, expected {' or '.join(kinds)}"
-    if "const" in expected and value != expected["const"]:
+    if "const" in expected and (value != expected["const"] or isinstance(value, bool)):
         return f"{at} is {_shown(value)}, expected {expected['const']!r}"
     if isinstance(value, int | float) and value < expected.get("minimum", -math.inf):
         return f"{at} is {value}, expected {expected['minimum']} or more"

@@ -25,7 +25,7 @@ class Settings:
     another --batch, whose UNet takes turns with this one's.
 
     Raises:
-        RequestError: too few runs, or units that are none.
+        RequestError: too few runs, units that are none, or wishes that do not go together.
     """
 
     units: tuple[str, ...] = ("ane", "gpu", "all")
@@ -46,6 +46,11 @@ class Settings:
         for name, count in (("runs", self.runs), ("pictures", self.pictures)):
             if count < MIN_RUNS and not (name == "pictures" and count == 0):
                 raise RequestError(f"--{name} {count}: at least {MIN_RUNS} are measured; {WHY_MIN_RUNS}")
+        alone = [name for name in ("energy", "quality") if getattr(self, name) and not self.pictures]
+        if alone:
+            raise RequestError(f"--{alone[0]}: is about whole pictures; leave --pictures 0 out")
+        if self.other_batch is not None and self.parts and "unet" not in self.parts:
+            raise RequestError("--other-batch: is about the UNet; add --part unet")
         unknown = [unit for unit in self.units if unit not in UNITS]
         if unknown or not self.units:
             raise RequestError(f"--units {','.join(self.units)}: expected some of {', '.join(UNITS)}, with commas")

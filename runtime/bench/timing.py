@@ -35,7 +35,8 @@ class Subject:
     """What is timed: one network, as the package or the packages it consists of, and how it is to run.
 
     name: for messages; "" is the packages'. function: of packages with several. cache: the folder of the compile
-    cache; None is the user's own.
+    cache; None is the user's own. keep: where the results of the first call go, as .npz; they are those of the same
+    inputs for every form of a network, row by row.
     """
 
     packages: tuple[Path, ...]
@@ -43,10 +44,13 @@ class Subject:
     function: str | None = None
     cache: Path | None = None
     name: str = ""
+    keep: Path | None = None
 
     def job(self) -> Words:
         """What the child is told."""
-        return {"packages": [str(package.absolute()) for package in self.packages], "function": self.function}
+        keep = None if self.keep is None else str(self.keep.absolute())
+        packages = [str(package.absolute()) for package in self.packages]
+        return {"packages": packages, "function": self.function, "keep": keep}
 
     def __str__(self) -> str:
         return self.name if self.name else ", ".join(package.name for package in self.packages)

@@ -24,7 +24,7 @@ def test_figures_are_the_stub_s_delays(plan):
     assert timing.median == pytest.approx(0.2)
     assert timing.quartiles == pytest.approx((0.198, 0.202))
     assert timing.count == 20
-    assert sorted(set(round(one, 6) for one in timing.samples)) == [0.196, 0.198, 0.2, 0.202, 0.204]
+    assert sorted({round(one, 6) for one in timing.samples}) == [0.196, 0.198, 0.2, 0.202, 0.204]
     assert timing.cold_load == pytest.approx(20.0)
     assert timing.warm_load == pytest.approx(2.0)
     assert timing.first == pytest.approx(0.2)
@@ -54,7 +54,10 @@ def test_a_budget_ends_early_but_not_too_early(plan):
 @pytest.mark.parametrize(
     ("planned", "said"),
     [
-        ("killed", r"Unet.mlpackage: crashed while calling it for the first time \(it was ended by SIGKILL; it said: Core ML's last"),
+        (
+            "killed",
+            r"Unet.mlpackage: crashed while calling it for the first time \(it was ended by SIGKILL; it said: Core",
+        ),
         ("hangs", "Unet.mlpackage: hung: said nothing for 6 s while calling it for the first time"),
         ("nan", "Unet.mlpackage: y came out NaN or infinite"),
         ("refused", r"Unet.mlpackage: failed while loading it: ANECCompile\(\) FAILED"),
