@@ -22,6 +22,7 @@ from glassine.commands.lora import lora
 from glassine.commands.models import convert, inspect, verify
 from glassine.commands.preprocess import preprocess
 from glassine.commands.recipe import recipe
+from glassine.commands.tune import tune
 from glassine.errors import GlassineError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -75,6 +76,7 @@ for verb in (
     verify,
     cache,
     bench,
+    tune,
     demo,
     doctor,
 ):

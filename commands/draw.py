@@ -11,6 +11,7 @@ import click
 
 from glassine.commands.control import control_option, controls_of
 from glassine.commands.lora import lora_dir, with_prompt_loras
+from glassine.commands.memory import warn_of_memory
 from glassine.commands.options import (
     FILE,
     FOLDER,
@@ -93,6 +94,7 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
             check_views(path, first, pipe.size, asked)
         inputs = read_inputs(drawing.image, drawing.maps, *pipe.size, fit=first.fit, keep_alpha=first.transparent)
         inputs = with_controls(inputs, drawing.controls, pipe.size, first.fit, engine=engine_of(asked))
+        warn_of_memory(pipe, first, inputs, low_memory=asked["low_memory"])
         for path, request in zip(paths, requests, strict=True):
             result = watch(pipe.run(request, inputs), asked["preview"])
             save_png(

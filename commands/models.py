@@ -14,8 +14,10 @@ import click
 from glassine.commands.further import check_places, further_of, further_of_file, further_options
 from glassine.commands.locate import show_faults
 from glassine.commands.lora import extras_of, extras_options, previews_of, refuse_extras
+from glassine.commands.memory import memory_lines, memory_of
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
 from glassine.commands.placement import placement_options, show_placement
+from glassine.commands.tuned import tuned_here, tuned_lines
 
 if TYPE_CHECKING:
     from glassine.runtime.engine.contract import ComputeUnits
@@ -72,7 +74,8 @@ if TYPE_CHECKING:
 @click.option(
     "--palette",
     metavar="8|6|4|int8|FILE",
-    help="Bits a weight of the UNet; 6/16: a table for every 16 channels (macOS 15); or a recipe.  [default: fp16]",
+    help="Bits a weight of UNet and control networks; 6/16: a table for every 16 channels (macOS 15); or a recipe.  "
+    "[default: fp16]",
 )
 @click.option("--name", help="The model's name.  [default: the file's]")
 @click.option(
@@ -122,6 +125,8 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
 
     check_places(base, out, asked)
     import_coremltools_quietly_later()
+    if asked["palette"] is not None:
+        asked["palette"] = Palette.read(asked["palette"])
     if base is not None:
         refuse_extras(asked)
         _add(source, base, as_json, asked)
@@ -130,8 +135,6 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
     asked["tokens"] = int(asked["tokens"])
     if asked["layout"] is None:
         asked["layout"] = "channels_first" if asked["attention"] == "split" else "channels_last"
-    if asked["palette"] is not None:
-        asked["palette"] = Palette.read(asked["palette"])
     further = (*further_of(asked), *previews_of(asked))
     options = ConvertOptions(extras=extras_of(asked), further=further, **asked)
     with bar("reading") as advance:
@@ -150,7 +153,7 @@ def _add(source: Path, base: Path, as_json: bool, asked: dict[str, Any]) -> None
     from glassine.convert.addition import add_networks
 
     further = further_of_file(source, asked)
-    how = {"overwrite": asked["overwrite"], "dry_run": asked["dry_run"]}
+    how = {name: asked[name] for name in ("palette", "overwrite", "dry_run")}
     with bar("reading") as advance:
         manifest = add_networks(base, further, lambda at: advance(at.done, at.total, f"{at.stage} {at.package}"), **how)
     if not as_json:
@@ -173,9 +176,10 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
     """Show what is inside a model.
 
     MODEL is a model folder, whoever converted it, or one .mlpackage: inputs, outputs, operations, parameters, FLOPs,
-    precision, size. Or it is what could be converted, a .safetensors file or a diffusers folder: what it is, and which
-    tensor says so. With --placement: which operations run where, what they cost, and why some are not on the Neural
-    Engine; by Core ML's own plan on a Mac, else a prediction.
+    precision, size, memory, and how it runs on this machine if it was tuned. Or it is what could be converted, a
+    .safetensors file or a diffusers folder: what it is, and which tensor says so. With --placement: which operations
+    run where, what they cost, and why some are not on the Neural Engine; by Core ML's own plan on a Mac, else a
+    prediction.
 
     \b
     Example:
@@ -208,9 +212,10 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
         return
     programs = {role: read_package(package) for role, package in packages.items()}
     summaries = {role: summarise(program) for role, program in programs.items()}
+    memory = memory_of(model, summaries) if about else {}
     if as_json:
         parts = {role: dataclasses.asdict(summary) for role, summary in summaries.items()}
-        give({"model": about, "parts": parts}, "", True)
+        give({"model": about, "parts": parts, "memory": memory, "tuned": tuned_here(model) if about else {}}, "", True)
         return
     if about:
         click.echo(
@@ -219,6 +224,8 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
         click.echo("\n".join(decisions(about["decided"])))
     for role, package in packages.items():
         click.echo("\n".join(describe(f"{role} ({package.name})", programs[role].function(), summaries[role])))
+    if about:
+        click.echo("\n".join([*memory_lines(memory), *tuned_lines(tuned_here(model))]))
 
 
 def _inspect_source(path: Path, as_json: bool) -> None:

@@ -34,15 +34,16 @@ from glassine.runtime.control_pictures import with_controls
 from glassine.runtime.decode import CELL, SD1_PREVIEW, measure_preview
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.compose import Chain, Renamed
+from glassine.runtime.engine.contract import engine_name
 from glassine.runtime.foreign import read_model
 from glassine.runtime.image import Source
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.latents import encode_image
 from glassine.runtime.layer_run import LayerRun
-from glassine.runtime.plan import TEXT_ENCODERS, Need
+from glassine.runtime.plan import TEXT_ENCODERS, Memory, Need, memory, needs
 from glassine.runtime.prompt import NetworkTag, without_tags
 from glassine.runtime.request import DEFAULT_STRENGTH, Request
-from glassine.runtime.residency import Residents, Wanted
+from glassine.runtime.residency import Residents, Wanted, weight_files
 from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
 from glassine.runtime.tokenizer import Tokenizer
@@ -201,11 +202,35 @@ class Pipeline:
     def load_ahead(self, needed: Sequence[Need]) -> None:
         """Load the parts of a picture in a thread of its own, while the caller works with those before them.
 
-        With little memory nothing is loaded ahead. What cannot be loaded is said where it is needed.
+        With little memory nothing is loaded ahead, nor for the portable engine on the CPU: what loading takes from the
+        processor, the part that works lacks (benchmarks/ahead.py). What cannot be loaded is said where it is needed.
         """
+        if engine_name(self._options) == "portable" and self._options.device in (None, "cpu"):
+            return
         pipes = {False: self, True: self.refiner}
         found = [(pipes[need.refines], need.role) for need in needed]
         self.residents.ahead([pipe._wanted(role) for pipe, role in found if pipe is not None])
+
+    def memory(self, needed: Sequence[Need]) -> Memory:
+        """Return what the weights of these parts take in memory.
+
+        Core ML's as they are stored, in one file or another; the portable engine's are float32, every part's its own.
+        """
+        weights: dict[Need, Mapping[object, int]] = {}
+        for need in needed:
+            pipe = self.refiner if need.refines and self.refiner is not None else self
+            part = pipe._chosen(need.role).part
+            weights[need] = weight_files(files_of(pipe.folder, part))
+            if engine_name(self._options) == "portable":
+                stored = sum(weights[need].values())
+                weights[need] = {need: 4 * part.parameters if part.parameters else 2 * stored}
+        return memory(needed, weights)
+
+    def needs(self, request: Request, inputs: Inputs) -> tuple[Need, ...]:
+        """Return the parts that a picture needs, in order, before it is known how many steps its map takes."""
+        takes_over = self.refiner is not None and request.refine_at < 1
+        refiner = self.refiner.manifest if self.refiner is not None and takes_over else None
+        return needs(request, inputs, self.manifest, self.size, refiner=refiner, refined=int(takes_over))
 
     def rows(self, role: str) -> int:
         """The rows of every call of a UNet: its package's batch.

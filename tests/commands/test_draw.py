@@ -1,13 +1,17 @@
 """generate, map and fan on a small random model: what they write, what they say, what they refuse."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from glassine.manifest import WEIGHT_FILE
+from glassine.errors import RequestError
+from glassine.manifest import WEIGHT_FILE, Manifest
+from glassine.runtime import machine
+from glassine.runtime.pipeline import Pipeline
 
 FAST = ("--steps", 2, "--sampler", "euler")
 
@@ -52,6 +56,33 @@ def test_low_memory_says_what_it_saves(glassine, tiny_folder, tmp_path):
     assert f"weights in memory: {words}" in result.stderr
     assert "weights" not in glassine("generate", tiny_folder, "a cat", *FAST, "--seed", 1, "-o", "cat.png").stderr
     assert np.array_equal(pixels(tmp_path / "low.png"), pixels(tmp_path / "cat.png"))
+
+
+def refuse(*_):
+    raise RequestError("as far as this test goes")
+
+
+@pytest.mark.parametrize(
+    ("free", "low_memory", "said"),
+    [
+        (1.0, [], None),
+        (0.9, [], "this may swap; --low-memory takes "),
+        (0.9, ["--low-memory"], None),
+        (0.1, [], "this will swap; close programs, or convert with --palette"),
+        (0.1, ["--low-memory"], "this will swap"),
+    ],
+)
+def test_too_little_memory_is_said_before_drawing(glassine, tiny_folder, monkeypatch, free, low_memory, said):
+    numbers = [
+        4 * Manifest.read(tiny_folder).parts[role].parameters for role in ("text_encoder", "unet", "vae_decoder")
+    ]
+    here = replace(machine.this_machine(), available=int(free * sum(numbers)))
+    monkeypatch.setattr(machine, "this_machine", lambda: here)
+    monkeypatch.setattr(Pipeline, "run", refuse)
+    result = glassine("generate", tiny_folder, "a cat", "--seed", "1", *low_memory)
+    assert result.exit_code == 1
+    assert ("of memory are free" in result.stderr) == (said is not None)
+    assert said is None or said in result.stderr
 
 
 def test_protected_pixels_come_back_byte_for_byte(glassine, tiny_folder, photo, tmp_path):

@@ -1,6 +1,11 @@
 """inspect --placement: what a person and a program are told."""
 
 import json
+import math
+
+from glassine.manifest import WEIGHT_FILE, Manifest
+from glassine.runtime.engine.portable.program import read_package
+from glassine.runtime.engine.portable.summary import summarise
 
 
 def test_placement_of_a_folder(glassine, tiny_folder):
@@ -31,3 +36,34 @@ def test_a_checkpoint_has_no_placement(glassine, tiny_checkpoint):
     result = glassine("inspect", tiny_checkpoint, "--placement")
     assert result.exit_code == 2
     assert "convert the checkpoint first" in result.stderr
+
+
+def test_memory_of_both_plans(glassine, tiny_folder):
+    memory = json.loads(glassine("inspect", tiny_folder, "--json").stdout)["memory"]
+    parts = Manifest.read(tiny_folder).parts
+    drawn = ("text_encoder", "unet", "vae_decoder")
+    stored = {role: (tiny_folder / parts[role].file / WEIGHT_FILE).stat().st_size for role in drawn}
+    assert memory["coreml"] == {"all": sum(stored.values()), "low": max(stored.values())}
+    numbers = {role: 4 * parts[role].parameters for role in drawn}
+    assert memory["portable"] == {"all": sum(numbers.values()), "low": max(numbers.values())}
+    text = glassine("inspect", tiny_folder).stdout
+    assert f"weights {sum(stored.values()) / 1e6:.1f} MB, {max(stored.values()) / 1e6:.1f} MB with --low-memory" in text
+
+
+def test_results_alive_at_once(tiny_folder):
+    for package in sorted(tiny_folder.glob("*.mlpackage")):
+        program = read_package(package)
+        assert summarise(program).activations == most_alive(program.function().body)
+
+
+def most_alive(block):
+    """At every operation: its results, and those before it that are still to be read, one by one."""
+    work = [op for op in block.operations if op.type != "const" and not op.type.startswith("constexpr_")]
+    made = {variable.name: variable for variable in block.inputs}
+    most = 0
+    for index, op in enumerate(work):
+        made.update({variable.name: variable for variable in op.outputs})
+        later = {item for after in work[index:] for bound in after.inputs.values() for item in bound}
+        alive = [v for name, v in made.items() if name in later or name in block.outputs or v in op.outputs]
+        most = max(most, sum(math.prod(v.type.shape) * (2 if v.type.dtype == "float16" else 4) for v in alive))
+    return most

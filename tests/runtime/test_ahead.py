@@ -152,6 +152,7 @@ def picture():
 
 
 def drawn(folder, monkeypatch, *, ahead):
+    monkeypatch.setattr(pipeline, "engine_name", lambda options: "coreml")  # the portable engine is not loaded ahead
     if not ahead:
         monkeypatch.setattr(Pipeline, "load_ahead", lambda self, needed: None)
     with Pipeline.load(folder, EngineOptions(engine="portable"), refiner=folder) as pipe:
@@ -168,9 +169,20 @@ def test_pictures_are_the_same_to_the_byte(tiny_folder, monkeypatch):
 
 
 def test_what_cannot_be_drawn_loads_nothing(tiny_folder, stubbed):
-    with Pipeline.load(tiny_folder) as pipe, pytest.raises(RequestError, match="eta"):
+    with Pipeline.load(tiny_folder, EngineOptions(engine="coreml")) as pipe, pytest.raises(RequestError, match="eta"):
         pipe.run(Request(prompt="a boat", sampler="unipc", eta=0.5))
     assert stubbed == {}
+
+
+def test_the_processor_is_left_to_the_part_that_works(tiny_folder, stubbed):
+    for options in (EngineOptions(engine="portable"), EngineOptions(engine="coreml", low_memory=True)):
+        with Pipeline.load(tiny_folder, options) as pipe:
+            pipe.load_ahead([Need("unet")])
+            assert threads() == []
+    with Pipeline.load(tiny_folder, EngineOptions(engine="coreml")) as pipe:
+        pipe.load_ahead([Need("unet")])
+        pipe.engine("unet")
+    assert list(stubbed) == ["Unet"]
 
 
 def test_memory_counts_what_is_shared_once():

@@ -9,7 +9,7 @@ from PIL import Image
 from glassine.errors import PackageError, RequestError
 from glassine.manifest import Manifest
 from glassine.runtime import pipeline
-from glassine.runtime.engine import Realised
+from glassine.runtime.engine import EngineOptions, Realised
 from glassine.runtime.inputs import Inputs, MapSource, read_inputs
 from glassine.runtime.noise import randn
 from glassine.runtime.pipeline import Pipeline
@@ -267,7 +267,7 @@ def order_of(pipe, request, inputs, monkeypatch):
 def test_the_plan_is_what_is_used_in_that_order(
     pipe, tiny_folder, monkeypatch, picture, settings, change_map, drawn_from
 ):
-    with Pipeline.load(tiny_folder, refiner=tiny_folder) as both:
+    with Pipeline.load(tiny_folder, EngineOptions(engine="coreml"), refiner=tiny_folder) as both:
         source = picture if drawn_from == "picture" else None
         inputs = read_inputs(source, MapSource(map=change_map), *both.size)
         planned, used = order_of(both, Request(prompt="a boat", steps=6, **settings), inputs, monkeypatch)

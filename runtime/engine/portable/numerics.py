@@ -95,6 +95,12 @@ class Numerics:
         return rounded
 
 
+def devices() -> list[str]:
+    """The devices that PyTorch has on this machine."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [name for name, there in present.items() if there]
+
+
 def open_device(name: str) -> torch.device:
     """Return the PyTorch device of this name.
 
@@ -105,10 +111,9 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise EngineError(f'device "{name}" is unknown; expected "cpu", "cuda" or "mps"') from None
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(device.type, False):
+    if device.type not in devices():
         raise EngineError(
             f'device "{name}" is not available to PyTorch {torch.__version__} on this machine; '
-            f"available: {', '.join(key for key, there in present.items() if there)}"
+            f"available: {', '.join(devices())}"
         )
     return device

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from glassine.runtime.engine.portable.program import Constant, Function, Operation, Program
+from glassine.runtime.engine.portable.program import Block, Constant, Function, Operation, Program
 
 Shape = tuple[int, ...]
+_ITEM = {"float16": 2, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1}  # bytes; 4 if not here
 _WEIGHTS = {"weight", "bias", "gamma", "beta"}
 
 
@@ -21,7 +22,8 @@ class Summary:
     flops: of convolutions, matrix products and attention, a multiply-add counted as two; `unsized` such operations
     have shapes known only when running and are not in it. weight_bytes: what the weights take in the package, by the
     dtype they are stored in ("uint6" for a 6-bit palette's indices). computed: operations by the dtype of their
-    first result.
+    first result. activations: the most bytes that results take at once, in the program's order and its dtypes, each
+    from the operation that makes it to the last that reads it; an estimate, as engines fuse and reorder.
     """
 
     operations: Mapping[str, int]
@@ -30,6 +32,7 @@ class Summary:
     unsized: int
     weight_bytes: Mapping[str, int]
     computed: Mapping[str, int]
+    activations: int
 
     @property
     def precision(self) -> str:
@@ -53,7 +56,33 @@ def summarise(program: Program, function: str | None = None) -> Summary:
         unsized=flops.count(None),
         weight_bytes=stored,
         computed=dict(Counter(op.outputs[0].type.dtype for op in work if op.outputs).most_common()),
+        activations=_activations(entry.body, shapes),
     )
+
+
+def _activations(block: Block, shapes: Mapping[str, Shape | None]) -> int:
+    """The most bytes of results alive at once; those of unknown shape, and of blocks inside, are left out."""
+    constant = {v.name for op in block.operations if op.type == "const" or op.type.startswith("constexpr_")
+                for v in op.outputs}  # fmt: skip
+    sizes = {
+        variable.name: math.prod(shape) * _ITEM.get(variable.type.dtype, 4)
+        for variable in (*block.inputs, *(variable for op in block.operations for variable in op.outputs))
+        if variable.name not in constant and (shape := shapes[variable.name]) is not None
+    }
+    last = {variable.name: -1 for variable in block.inputs}
+    for index, op in enumerate(block.operations):
+        read = (item for bound in op.inputs.values() for item in bound if isinstance(item, str))
+        last.update(dict.fromkeys((*read, *(variable.name for variable in op.outputs)), index))
+    last.update(dict.fromkeys(block.outputs, len(block.operations)))
+    ends: dict[int, int] = {}
+    for name, size in sizes.items():
+        ends[last[name]] = ends.get(last[name], 0) + size
+    alive = most = sum(sizes[variable.name] for variable in block.inputs if variable.name in sizes)
+    for index, op in enumerate(block.operations):
+        alive += sum(sizes.get(variable.name, 0) for variable in op.outputs)
+        most = max(most, alive)
+        alive -= ends.get(index, 0)
+    return most
 
 
 def flops_of(entry: Function) -> dict[str, int]:

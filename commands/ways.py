@@ -1,0 +1,165 @@
+"""The ways there are to run the parts of a model, for `tune`: as converted, and the UNet in other forms.
+
+The forms are written into FOLDER/.glassine/tune for as long as they are tried, on the weights of the UNet; what a
+killed command leaves there, the next one removes. The one that won is written anew, as a part of the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glassine.commands.options import say
+from glassine.errors import GlassineError, PackageError
+from glassine.manifest import FILE_NAME, STORE, Manifest, Part
+
+if TYPE_CHECKING:
+    from glassine.convert.network import Form
+    from glassine.models.config import Attention, Layout
+    from glassine.runtime.engine import EngineOptions
+    from glassine.runtime.foreign import Model
+    from glassine.runtime.tuning import Way
+
+Size = tuple[int, int]
+_SDPA = (15,)  # the first macOS that has the fused operation
+_PIX2PIX = 8  # channels of an instruct-pix2pix UNet, which has a third branch: the picture's
+
+
+def own_ways(found: Model, size: Size, roles: tuple[str, ...]) -> dict[str, Way]:
+    """The parts of a model, or those of these roles, as they were converted.
+
+    Raises:
+        PackageError: it has no such part.
+    """
+    from glassine.runtime.bench.model import parts_of
+    from glassine.runtime.tuned import PREFIX
+    from glassine.runtime.tuning import Way
+
+    parts = {role: part for role, part in parts_of(found.manifest, size, roles).items() if not role.startswith(PREFIX)}
+    return {
+        role: Way(part=part, folder=found.folder, form=_words(part), calls=_calls(found.manifest, part))
+        if role == "unet"
+        else Way(part=part, folder=found.folder)
+        for role, part in parts.items()
+    }
+
+
+def _words(unet: Part) -> str:
+    attention = "" if unet.attention is None else f"{unet.attention}, "
+    return f"{attention}batch {_rows(unet)}"
+
+
+def _rows(unet: Part) -> int:
+    return unet.inputs["sample"][0][0]
+
+
+def _calls(manifest: Manifest, unet: Part) -> int:
+    """The calls of a UNet that one step takes."""
+    return math.ceil(_branches(manifest) / _rows(unet))
+
+
+def _branches(manifest: Manifest) -> int:
+    """The rows that guidance takes: the prompt's and the negative prompt's, or the prompt's alone."""
+    inputs = manifest.parts["unet"].inputs
+    if "timestep_cond" in inputs or manifest.defaults.get("guidance_scale") == 1:
+        return 1
+    return 3 if inputs["sample"][0][1] == _PIX2PIX else 2
+
+
+@contextmanager
+def other_forms(found: Model, size: Size, options: EngineOptions, notes: list[str]) -> Iterator[dict[Form, Way]]:
+    """The UNet of a model in other forms, which are there while this lasts; why there are none goes to `notes`."""
+    if not (found.folder / FILE_NAME).is_file():
+        notes.append("unet: attention and batch stay as they are: Glassine did not convert this folder")
+        yield {}
+        return
+    from glassine.convert.forms import name_of, write_forms
+    from glassine.convert.imports import import_coremltools
+    from glassine.runtime.tuning import Way
+
+    unet = found.manifest.part("unet", size)
+    assert unet is not None
+    wanted = _wanted(found.manifest, unet, options)
+    with _workshop(found.folder) as place:
+        say(f"unet: writing {len(wanted)} other forms of it")
+        import_coremltools()
+        try:
+            written = write_forms(found.folder, size, wanted, place, lambda progress: None)
+        except GlassineError as error:
+            notes.append(f"unet: attention and batch stay as they are: {error}")
+            written = {}
+        yield {
+            form: Way(part=part, folder=place, form=name_of(form), own=False, calls=_calls(found.manifest, part))
+            for form, part in written.items()
+        }
+
+
+def _wanted(manifest: Manifest, unet: Part, options: EngineOptions) -> list[Form]:
+    """Every attention that runs here with every number of rows that guidance can use, but for the UNet's own form."""
+    from glassine.convert.forms import form_of
+    from glassine.runtime.engine.contract import engine_name
+    from glassine.runtime.machine import this_machine
+
+    own = form_of(unet, manifest.tokens)
+    fused = engine_name(options) == "portable" or this_machine().version >= _SDPA
+    rows = dict.fromkeys((own.rows, 1, _branches(manifest)))
+    layouts: dict[Attention, Layout] = {"split": "channels_first", "einsum": "channels_last"}
+    layouts |= {"sdpa": "channels_last"} if fused else {}
+    forms = [replace(own, rows=count, attention=a, layout=layout) for count in rows for a, layout in layouts.items()]
+    return [form for form in forms if (form.rows, form.attention) != (own.rows, own.attention)]
+
+
+def keep(found: Model, size: Size, form: Form | None) -> tuple[str, Part]:
+    """Make this form of the UNet the one that the folder has besides the UNet; None: none. The role, and its part.
+
+    Raises:
+        PackageError: the folder cannot be changed.
+    """
+    own = found.manifest.part("unet", size)
+    assert own is not None
+    if not (found.folder / FILE_NAME).is_file():
+        return "unet", own
+    from glassine.convert.forms import ROLE, drop_form, keep_form
+
+    if form is None:
+        drop_form(found.folder, size)
+        return "unet", own
+    return ROLE, keep_form(found.folder, size, form, lambda progress: None)
+
+
+@contextmanager
+def _workshop(folder: Path) -> Iterator[Path]:
+    """An empty folder in a model's store, held against another `tune`; gone at the end."""
+    place = folder / STORE / "tune"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = os.open(place, os.O_RDONLY)
+    except OSError as error:
+        raise PackageError(f"{folder}: cannot be changed: {error.strerror} ({error.filename})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackageError(f"{folder}: another 'glassine tune' is at it; wait for it") from None
+        try:
+            _empty(place)
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            if place.parent.is_dir() and not any(place.parent.iterdir()):
+                place.parent.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _empty(place: Path) -> None:
+    """Remove what a killed command has left."""
+    for entry in place.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
