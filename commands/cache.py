@@ -23,8 +23,8 @@ def cache() -> None:
 
     Core ML compiles a package before it runs it, and again for the Neural Engine: minutes, the first time. Glassine
     does that in a child process, keeps the result, and remembers which compute units ran it. The programs that
-    `convert` has written are here too: the next checkpoint of the same architecture takes a third of the time. The
-    folder is GLASSINE_CACHE, or the system's place for caches; it is safe to delete.
+    `convert` writes are kept too: the next checkpoint of an architecture needs no new ones. The folder is
+    GLASSINE_CACHE, or the system's place for caches; it is safe to delete.
 
     \b
     Example:
@@ -37,7 +37,7 @@ def cache() -> None:
 @cache.command("list")
 @as_json
 def list_entries(as_json: bool) -> None:
-    """List what is compiled, the one used last first, and how many programs conversions have written.
+    """List compiled models, the one used last first, and count kept programs.
 
     \b
     Example:
@@ -65,7 +65,9 @@ def list_entries(as_json: bool) -> None:
               help="Only what is of another build of macOS, damaged, or of packages that are gone.")  # fmt: skip
 @as_json
 def clear(stale: bool, as_json: bool) -> None:
-    """Remove compiled models, what is remembered of them, and the programs that conversions have written.
+    """Remove compiled models and kept programs.
+
+    What is remembered of the models goes too.
 
     \b
     Example:
