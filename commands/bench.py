@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from glassine.commands.options import FILE, FOLDER, model_size, options, say
-
-if TYPE_CHECKING:
-    from glassine.runtime.bench.report import Report
 
 UNITS = "ane,gpu,all"
 
@@ -96,22 +93,31 @@ def run(model: Path, json_file: str | None, charts: tuple[Path, ...], **asked: A
       sudo -v && glassine bench dreamshaper --units ane,gpu --energy
     """
     from glassine.commands.figures import show
+    from glassine.runtime.bench.chart import check_charts, draw
     from glassine.runtime.bench.folder import bench as measure
+    from glassine.runtime.bench.report import check_writable, write_text
     from glassine.runtime.bench.settings import Settings
     from glassine.runtime.engine import EngineOptions
     from glassine.runtime.engine.contract import engine_name
 
     names = ("engine", "device", "precision")
     engine = EngineOptions(**{name: asked.pop(name) for name in names})
-    _check_places(json_file, charts)
+    check_charts(charts)
+    for path in (*charts, *(() if json_file in (None, "-") else (Path(str(json_file)),))):
+        check_writable(path)
     units = tuple(unit.strip() for unit in asked.pop("units").split(","))
     settings = Settings(units=units, options=engine, **asked)
     if engine_name(engine) == "portable":
         say("Core ML is macOS's: this measures the portable engine (PyTorch), and --units says nothing to it")
     report = measure(model, settings, say)
-    _write(report, json_file, charts)
-    if json_file != "-":
+    if json_file == "-":
+        click.echo(report.text(), nl=False)
+    else:
+        if json_file is not None:
+            write_text(Path(json_file), report.text())
         show(report)
+    for path in charts:
+        draw(report, path)
     failed = [measured.role for measured in report.measured() if measured.failures]
     if failed:
         raise click.ClickException(f"not everything could be measured: {', '.join(failed)}; see above")
@@ -144,33 +150,6 @@ def compare(files: tuple[Path, ...], json_file: str | None) -> None:
     if json_file is not None:
         write_text(Path(json_file), text)
     show_comparison(compared)
-
-
-def _check_places(json_file: str | None, charts: tuple[Path, ...]) -> None:
-    """Refuse, before hours of measuring, files that could not be written, and charts that could not be drawn."""
-    from glassine.runtime.bench.report import check_writable
-
-    if charts:
-        from glassine.runtime.bench.chart import check_charts
-
-        check_charts(charts)
-    for path in [*charts, *([Path(json_file)] if json_file not in (None, "-") else [])]:
-        check_writable(path)
-
-
-def _write(report: Report, json_file: str | None, charts: tuple[Path, ...]) -> None:
-    from glassine.runtime.bench.report import write_text
-
-    if json_file == "-":
-        click.echo(report.text(), nl=False)
-    elif json_file is not None:
-        write_text(Path(json_file), report.text())
-        say(f"written: {json_file}")
-    for path in charts:
-        from glassine.runtime.bench.chart import draw
-
-        draw(report, path)
-        say(f"written: {path}")
 
 
 def _names(files: tuple[Path, ...]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -128,18 +128,22 @@ def _remarks(report: Report) -> Iterator[str]:
             if one.warnings:
                 words = ", and ".join(one.warnings)
                 yield f"doubtful: {measured.role} on {one.asked}: {words}; measure again on a quiet, cool machine"
-    for one in report.batching:
-        few, many = one["rows"]
-        word = f"{one['ratio']:.2f} times as fast a row as" if one["low"] > 1 or one["high"] < 1 else "no faster than"
-        yield (
-            f"batch on {one['asked']}: the UNet with {many} rows a call is {word} with {few} "
-            f"({one['low']:.2f} to {one['high']:.2f}): {seconds(one['medians'][1])} against {many // few} x "
-            f"{seconds(one['medians'][0])}"
-        )
+    yield from map(_batched, report.batching)
     sources = {one.roof["source"] for part in report.parts for one in part.figures if one.roof is not None}
     for source in sorted(source for source in sources if source is not None):
         yield f"limits: {source}"
     yield from (f"note: {note}" for note in report.notes)
+
+
+def _batched(found: Mapping[str, Any]) -> str:
+    """Whether one call with many rows beats many calls with few."""
+    (few, many), (short, long) = found["rows"], found["medians"]
+    differs = found["low"] > 1 or found["high"] < 1
+    word = f"{found['ratio']:.2f} times as fast a row as" if differs else "not seen to differ, a row, from"
+    return (
+        f"batch on {found['asked']}: the UNet with {many} rows a call is {word} with {few} "
+        f"({found['low']:.2f} to {found['high']:.2f}): {seconds(long)} against {many / few:g} x {seconds(short)}"
+    )
 
 
 def seconds(value: float) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,6 +42,7 @@ _IDLE = 3.0  # seconds in which the machine's power is measured before anything 
 _REFERENCE = 86400.0  # seconds that the reference picture may take: a large model on a CPU needs hours
 _HELD = 3  # times its weights that a loaded network may hold
 Tell = Callable[[str], None]
+Timings = dict[str, Timing | Failure]
 
 
 def bench(folder: Path, settings: Settings, tell: Tell) -> Report:
@@ -163,14 +163,14 @@ class _Bench:
         }
         return Measured(role=role, order=order, figures=tuple(figures), failures=_failures(timings), about=about)
 
-    def _timed(self, subjects: Mapping[str, Subject], effort: Effort, weights: int) -> tuple[str, dict[str, Any]]:
+    def _timed(self, subjects: Mapping[str, Subject], effort: Effort, weights: int) -> tuple[str, Timings]:
         """Time contenders in turns where the memory holds all of them, else one after the other."""
         free = self._machine.available
         if len(subjects) == 1:
             return "alone", time_in_turns(subjects, effort, tell=self._tell)
         if free is None or len(subjects) * _HELD * weights < free / 2:
             return "in turns", time_in_turns(subjects, effort, tell=self._tell)
-        results: dict[str, Any] = {}
+        results: Timings = {}
         for asked, subject in subjects.items():
             results |= time_in_turns({asked: subject}, effort, tell=self._tell)
         return "one after the other", results
@@ -180,7 +180,7 @@ class _Bench:
         if work is None:
             return None
         peak = self._peak(asked, timing.realised.device)
-        where = dataclasses.asdict(position(work, statistics.median(timing.samples), peak))
+        where = dataclasses.asdict(position(work, timing.median, peak))
         known = {"tflops": None, "gigabytes": None, "source": None} if peak is None else dataclasses.asdict(peak)
         return {
             **where,
@@ -237,7 +237,7 @@ class _Bench:
                     timing,
                     started=begun,
                     stages=stages,
-                    images_per_minute=60 / statistics.median(timing.samples),
+                    images_per_minute=60 / timing.median,
                     energy=None if meter is None else self._energy(meter, timing, idle),
                     quality=None if reference is None else quality(self._place / f"{asked}.npy", reference),
                 )
@@ -252,7 +252,7 @@ class _Bench:
         if not count:
             self._notes.append("no interval of powermetrics lies within a picture: no energy; take more --steps")
             return None
-        joules = math.fsum(watts.values()) * statistics.median(timing.samples)
+        joules = math.fsum(watts.values()) * timing.median
         idle_watts = math.fsum(idle.values()) if idle else None
         return {"watts": watts, "joules_per_picture": joules, "idle_watts": idle_watts, "intervals": count}
 
@@ -308,17 +308,17 @@ class _Bench:
         }
         effort = Effort(runs=self._settings.runs, warmup=self._settings.warmup, timeout=self._settings.timeout)
         timings = time_in_turns(subjects, effort, tell=self._tell)
-        failed = [timing.reason for timing in timings.values() if isinstance(timing, Failure)]
-        if failed:
-            self._notes.append(f"batches on {asked}: {failed[0]}")
+        self._notes += _failures(timings).values()
+        timed = {int(rows): timing for rows, timing in timings.items() if isinstance(timing, Timing)}
+        if len(timed) < 2:
             return None
-        few, many = ([one / int(rows) for one in timing.samples] for rows, timing in timings.items())
+        few, many = ([one / rows for one in timing.samples] for rows, timing in timed.items())
         ratio = ratio_of_medians(few, many)
         return {
             "asked": asked,
             "role": "unet",
-            "rows": [int(rows) for rows in timings],
-            "medians": [statistics.median(timing.samples) for timing in timings.values()],
+            "rows": list(timed),
+            "medians": [timing.median for timing in timed.values()],
             "ratio": ratio.value,
             "low": ratio.low,
             "high": ratio.high,

@@ -157,10 +157,15 @@ class Report:
         wrong = mismatch(raw, whole, whole)
         if wrong is not None:
             raise RequestError(f"{path}: damaged: {wrong}; measure again")
-        pictures = None if raw["pictures"] is None else _measured(raw.pop("pictures"))
-        parts = tuple(map(_measured, raw.pop("parts")))
-        raw["batching"], raw["notes"] = tuple(raw["batching"]), tuple(raw["notes"])
-        return cls(**{**raw, "parts": parts, "pictures": pictures})
+        return cls(
+            **{
+                **raw,
+                "parts": tuple(map(_measured, raw["parts"])),
+                "pictures": None if raw["pictures"] is None else _measured(raw["pictures"]),
+                "batching": tuple(raw["batching"]),
+                "notes": tuple(raw["notes"]),
+            }
+        )
 
 
 def check_writable(path: Path) -> None:
@@ -266,8 +271,9 @@ def _no_number(text: str) -> float:
 
 
 def _measured(raw: Json) -> Measured:
-    figures = tuple(
-        Figures(**{name: tuple(value) if isinstance(value, list) else value for name, value in one.items()})
-        for one in raw.pop("figures")
-    )
-    return Measured(figures=figures, **raw)
+    return Measured(**{**raw, "figures": tuple(map(_figures, raw["figures"]))})
+
+
+def _figures(raw: Json) -> Figures:
+    fields: Json = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    return Figures(**fields)

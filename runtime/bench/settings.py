@@ -57,11 +57,11 @@ class Settings:
 
     def contenders(self) -> dict[str, EngineOptions]:
         """What takes turns: name -> options."""
-        told = {"load_timeout": self.timeout, "low_memory": False}
-        if engine_name(self.options) == "coreml":
+        options = dataclasses.replace(self.options, load_timeout=self.timeout, low_memory=False)
+        if engine_name(options) == "coreml":
             return {
-                unit: dataclasses.replace(self.options, engine="coreml", compute_units=UNITS[unit], **told)
+                unit: dataclasses.replace(options, engine="coreml", compute_units=UNITS[unit])
                 for unit in dict.fromkeys(self.units)
             }
-        device = self.options.device if self.options.device is not None else "cpu"
-        return {device: dataclasses.replace(self.options, engine="portable", device=device, **told)}
+        device = options.device if options.device is not None else "cpu"
+        return {device: dataclasses.replace(options, engine="portable", device=device)}
