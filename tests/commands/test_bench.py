@@ -176,6 +176,14 @@ def test_what_cannot_be_measured_is_refused_before_it_takes_time(
     assert said in result.stderr
 
 
+def test_a_chart_without_matplotlib_is_refused(glassine, tiny_folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    result = glassine("bench", tiny_folder, "--chart", "a.png")
+    assert result.exit_code == 1
+    assert "charts need matplotlib; install it with: pip install 'glassine[chart]'" in result.stderr
+
+
 def test_the_stand_in_for_core_ml(glassine, tiny_folder, tmp_path, monkeypatch):
     faults = json.dumps({"load CPU_AND_NE": "killed"})
     monkeypatch.setattr(timing, "CHILD", (sys.executable, str(SUPPORT / "bench_proxy.py"), faults))

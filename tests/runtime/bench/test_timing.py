@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from glassine.errors import EngineError
-from glassine.runtime.bench.timing import Effort, Failure, Subject, Timing, time_engine, time_in_turns
+from glassine.runtime.bench.timing import Effort, Failure, Pictures, Subject, Timing, time_engine, time_in_turns
 from glassine.runtime.engine import EngineOptions
+from glassine.runtime.pipeline import Pipeline
 
 UNET = Path("Unet.mlpackage")
 
@@ -82,6 +84,21 @@ def test_what_is_told_and_what_ran_are_handed_on(plan):
     assert timing.notices == ("Unet.mlpackage runs on cpu_only",)
     assert timing.median == pytest.approx(3.0, rel=0.03)
     assert said == ["the UNet: loading", "Unet.mlpackage: loading on cpu_and_ne"]
+
+
+def test_a_real_picture_is_the_pipeline_s(tiny_folder, tmp_path):
+    keep = tmp_path / "latents.npy"
+    subject = Pictures(
+        folder=tiny_folder, size=(64, 64), steps=2, keep=keep, options=EngineOptions(engine="portable", device="cpu")
+    )
+    (timing,) = time_in_turns({"": subject}, Effort(runs=2, warmup=0, turn=1)).values()
+    assert isinstance(timing, Timing), timing
+    assert [stages["evaluations"] for stages in timing.stages] == [2.0, 2.0]
+    for stages, seconds in zip(timing.stages, timing.samples, strict=True):
+        assert 0 < sum(stages[name] for name in ("prepare", "denoise", "decode")) < seconds
+    with Pipeline.load(tiny_folder, EngineOptions(engine="portable")) as pipe:
+        latents = pipe("a paper boat on a lake, number 0", seed=0, steps=2, output="latent")
+    np.testing.assert_allclose(np.load(keep), latents, atol=1e-5)  # measured 0
 
 
 def test_a_real_package_in_a_real_child(tiny_folder):
