@@ -114,11 +114,13 @@ family_options = options(
                  metavar="LEFT,TOP", help="SDXL: draw as pictures cropped so look.  [default: 0,0]"),
     click.option("--image-cfg", "image_guidance", type=float,
                  help="instruct-pix2pix: guidance by the picture, beside --cfg.  [default: 1.5]"),
+    click.option("--prediction-type", type=click.Choice(["epsilon", "v_prediction", "sample"]),
+                 help="What the UNet predicts, for a folder of others.  [default: what the model says, or its size]"),
 )  # fmt: skip
 SETTINGS = (
     "negative_prompt", "strength", "steps", "guidance_scale", "guidance_rescale", "sampler", "spacing", "eta", "seed",
     "noise", "clip_skip", "emphasis", "rule", "fit", "refine_at", "original_size", "crop", "image_guidance",
-    "transparent", "passes", "stop_at", "fg_prompt", "bg_prompt", "blend_prompt",
+    "prediction_type", "transparent", "passes", "stop_at", "fg_prompt", "bg_prompt", "blend_prompt",
 )  # fmt: skip
 
 

@@ -8,17 +8,21 @@ and are the family's: the latent scale and what the network predicts.
     UnetChunk1.mlmodelc, UnetChunk2.mlmodelc                    the same, in pieces
     Stable_Diffusion_version_runwayml_..._unet.mlpackage        what Apple's Python code writes
     original/packages/, split_einsum/compiled/ ...              the folders of a coreml-* repository
+    controlnet/LllyasvielSdControlnetCanny.mlmodelc             control networks, beside the parts
+    ControlNet_lllyasviel_sd-controlnet-canny.mlpackage         the same from Apple's Python code
+    models/NAME/ and controlnet/ beside models/                 Mochi Diffusion's, for all models that they fit
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from glassine.errors import PackageError
 from glassine.manifest import FILE_NAME, Manifest, Part, Prediction
@@ -28,6 +32,8 @@ from glassine.runtime.engine.interface import Interface, read_interface
 PACKAGE = ".mlpackage"
 VOCABULARY = ("vocab.json", "merges.txt")
 _PLACES = ("", "Resources", "packages", "compiled")  # where a folder may have its parts
+_SCHEDULERS = ("scheduler_config.json", "scheduler/scheduler_config.json")  # diffusers'
+_CONTROL_NET = "ControlNet_"  # how Apple's Python code begins a control network's name
 _OPEN_CLIP_H = 1024  # width of Stable Diffusion 2's text encoder
 
 # Ends of a file's name, in lower case without separators; the first that fits counts.
@@ -45,13 +51,15 @@ class Model:
     """A folder ready to draw with.
 
     folder: where the packages are. vocabulary: where vocab.json and merges.txt are; None = CLIP's own.
-    refiner: a second model in the same folder that draws the last steps. notices: what was taken for granted.
+    refiner: a second model in the same folder that draws the last steps. nets: control networks beside it, by name.
+    notices: what was taken for granted.
     """
 
     folder: Path
     manifest: Manifest
     vocabulary: Path | None
     refiner: Manifest | None = None
+    nets: Mapping[str, Path] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
 
     def packages(self) -> dict[str, Path]:
@@ -65,6 +73,7 @@ class Model:
             files = part.about.get("chunks", [part.file])
             names = [role] if len(files) == 1 else [f"{role} {number}" for number in range(1, len(files) + 1)]
             packages.update({name: self.folder / file for name, file in zip(names, files, strict=True)})
+        packages.update({f"control:{name}": path for name, path in self.nets.items()})
         compiled = [path.name for path in packages.values() if path.suffix == COMPILED]
         if compiled:
             raise PackageError(
@@ -98,12 +107,14 @@ def read_model(folder: Path) -> Model:
     (place,) = places
     files = _files(place)
     manifest, notices = _manifest(place, folder.name, files)
+    nets, left_out = _control_nets(place, folder, manifest)
     return Model(
         folder=place,
         manifest=manifest,
         vocabulary=_vocabulary(place, folder),
         refiner=_refiner(place, files, manifest) if "refiner" in files else None,
-        notices=notices,
+        nets=nets,
+        notices=(*notices, *left_out),
     )
 
 
@@ -140,7 +151,7 @@ def _files(folder: Path) -> Files:
     found: dict[str, dict[int, list[Path]]] = {}
     for path in sorted(folder.iterdir()):
         match = _ENDS.search(re.sub(r"[^a-z0-9]", "", path.stem.lower()))
-        if path.suffix not in (PACKAGE, COMPILED) or match is None or path.stem.startswith("ControlNet_"):
+        if path.suffix not in (PACKAGE, COMPILED) or match is None or path.stem.startswith(_CONTROL_NET):
             continue
         role = next(name for name in _ENDS.groupindex if match[name] is not None)
         role += "_2" if match["second"] is not None else ""
@@ -206,7 +217,7 @@ def _described(folder: Path, name: str, parts: Mapping[str, Part], version: str)
     numbers = inputs["time_ids"][0][-1] if "time_ids" in inputs else 0
     family = {6: "sdxl", 5: "sdxl_refiner"}.get(numbers, "sd2" if width == _OPEN_CLIP_H else "sd15")
     _check_size(folder, parts, rows, columns)
-    prediction, notices = _prediction(family, 8 * columns, version)
+    prediction, notices = _prediction(folder, family, 8 * columns, version)
     manifest = Manifest(
         name=name,
         family=family,
@@ -228,15 +239,79 @@ def _described(folder: Path, name: str, parts: Mapping[str, Part], version: str)
     return manifest, notices
 
 
-def _prediction(family: str, size: int, version: str) -> tuple[Prediction, tuple[str, ...]]:
-    """Stable Diffusion 2 was published for 768 pixels (predicts v) and, as "base", for 512 (predicts the noise)."""
+def _prediction(folder: Path, family: str, size: int, version: str) -> tuple[Prediction, tuple[str, ...]]:
+    """What scheduler_config.json says, where diffusers' lies beside the packages; else what was published.
+
+    Stable Diffusion 2 was, for 768 pixels (predicts v) and, as "base", for 512 (predicts the noise).
+    """
+    for path in (parent / name for parent in (folder, folder.parent) for name in _SCHEDULERS):
+        if path.is_file():
+            return _said_prediction(path)
     if family != "sd2":
         return "epsilon", ()
     said = re.search(r"stable-diffusion-2(-1)?(?P<base>-base)?", version)
     based = said["base"] is not None if said is not None else size < 768
     prediction: Prediction = "epsilon" if based else "v_prediction"
     reason = f"its name {version}" if said is not None else f"its {size} pixels"
-    return prediction, (f"taken for a Stable Diffusion 2 that predicts {prediction}, because of {reason}",)
+    return prediction, (
+        f"taken for a Stable Diffusion 2 that predicts {prediction}, because of {reason}; if pictures are noise, "
+        "it is the other: --prediction-type epsilon or v_prediction",
+    )
+
+
+def _said_prediction(path: Path) -> tuple[Prediction, tuple[str, ...]]:
+    """The prediction type of a scheduler_config.json."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise PackageError(f"{path}: cannot be read ({error}); put diffusers' own here, or remove it") from None
+    if said not in get_args(Prediction):
+        choices = ", ".join(get_args(Prediction))
+        raise PackageError(f"{path}: prediction_type is {said!r}, expected one of {choices}")
+    prediction: Prediction = said
+    return prediction, (f"predicts {prediction}, as {path.name} says",)
+
+
+def _control_nets(place: Path, folder: Path, model: Manifest) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The control networks that lie beside a model and fit it, by name, and what is to be said of the others.
+
+    Raises:
+        PackageError: a package that is no control network, or cannot be read.
+    """
+    own = [place, place / "controlnet"]
+    shelf = folder.absolute().parent
+    shared = [shelf.parent / "controlnet"] if shelf.name == "models" else []  # Mochi Diffusion's
+    found: dict[str, Path] = {}
+    for path in (path for below in (*own, *shared) if below.is_dir() for path in sorted(below.iterdir())):
+        is_net = path.parent != place or path.stem.startswith(_CONTROL_NET)
+        name = path.stem.removeprefix(_CONTROL_NET)
+        if is_net and path.suffix in (PACKAGE, COMPILED) and (name not in found or path.suffix == _preferred()):
+            found[name] = path
+    unet = model.parts.get("controlled_unet")
+    if unet is None:
+        named = ", ".join(name for name, path in found.items() if path.parent in own)
+        why = f"control networks {named} have nowhere to go: the model has no ControlledUnet"
+        return {}, (why,) if named else ()
+    fitting = {name: path for name, path in found.items() if _fits(path, unet)}
+    strange = ", ".join(name for name in found if name not in fitting)
+    return fitting, (f"control networks of another size or family: {strange}",) if strange else ()
+
+
+def _fits(path: Path, unet: Part) -> bool:
+    """Whether a UNet takes what a control network returns, and has what it reads; shapes may be undeclared."""
+    net = read_interface(path)
+    if not {"sample", "timestep", "controlnet_cond"} <= net.inputs.keys():
+        raise PackageError(
+            f"{path}: its inputs are {_spelled(net.inputs)}; expected those of a control network as Apple's converter "
+            "names them: sample, timestep, encoder_hidden_states and controlnet_cond (B, 3, H, W)"
+        )
+    takes = {name: shape for name, (shape, _) in unet.inputs.items() if name.startswith("additional_residual_")}
+    read = {name: spec.shape for name, spec in net.inputs.items() if name not in ("controlnet_cond", "timestep")}
+    return (
+        net.outputs.keys() <= takes.keys()
+        and all(spec.shape in ((), takes[name]) for name, spec in net.outputs.items())
+        and all(name in unet.inputs and shape[1:] == unet.inputs[name][0][1:] for name, shape in read.items())
+    )
 
 
 def _padded(part: Part, family: str) -> Part:

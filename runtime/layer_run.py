@@ -131,7 +131,7 @@ class LayerRun(Run):
             pipe.schedule,
             guidance,
             rows=unet.rows,
-            prediction=pipe.manifest.prediction_type,
+            prediction=pipe.prediction(self.request),
             control=unet.control,
             frames=frames,
         )

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.errors import PackageError
-from glassine.manifest import Manifest
+from glassine.manifest import Manifest, Prediction
 from glassine.runtime.branches import PIX2PIX
 from glassine.runtime.conditioning import EncodedPrompt, encode_prompt, side_by_side
 from glassine.runtime.control import Control
@@ -81,6 +81,7 @@ class Pipeline:
         self._options = options
         self.residents = Residents(one_stage=options.low_memory)
         self._refines = False
+        self.nets: Mapping[str, Path] = {}  # control networks beside a folder that others made
         self._tokenizer: Tokenizer | None = None
         self._preview_matrix: Float | None = None
         self._prompts: OrderedDict[object, EncodedPrompt] = OrderedDict()
@@ -119,6 +120,7 @@ class Pipeline:
         options = options if options is not None else EngineOptions()
         pipe = cls(found.folder, manifest, options, size, vocabulary=found.vocabulary)
         pipe.notices = (*found.notices, *pipe.notices)
+        pipe.nets = found.nets
         if refiner is not None:
             pipe.refiner = cls.load(refiner, options, size=size)
             _check_refiner(pipe, pipe.refiner)
@@ -271,6 +273,11 @@ class Pipeline:
                 "convert a whole checkpoint to draw with it"
             )
         return self.choices.of(role, part) if size in (None, self.size) else Chosen(part, self._options)
+
+    def prediction(self, request: Request) -> Prediction:
+        """What this model's UNet predicts; a request speaks of the base, not of a refiner."""
+        said = None if self._refines else request.prediction_type
+        return self.manifest.prediction_type if said is None else said
 
     @property
     def unet_inputs(self) -> dict[str, tuple[int, ...]]:

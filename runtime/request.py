@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from glassine.errors import RequestError
+from glassine.manifest import Prediction
 
 Rule = Literal["scale", "cap", "authors", "time"]
 NoiseKind = Literal["torch", "philox"]
@@ -54,6 +55,9 @@ class Request:
     refine_at: the share of the noise levels, counted from the noisiest, after which the refiner takes over.
     image_guidance: instruct-pix2pix, how close the result stays to the picture; 1 = without.
     A full LCM model reads guidance_scale as a number of its own (w); it has no negative prompt.
+
+    prediction_type: what the UNet predicts, for folders that others made and that were taken for the wrong thing; None
+        is what the model says.
     """
 
     prompt: str = ""
@@ -88,6 +92,7 @@ class Request:
     negative_aesthetic_score: float = 2.5
     refine_at: float = 0.8
     image_guidance: float = 1.5
+    prediction_type: Prediction | None = None
 
     def __post_init__(self) -> None:
         _expect(1 <= self.steps <= 1000, f"steps is {self.steps}, expected 1 to 1000")
@@ -107,6 +112,8 @@ class Request:
                 _expect(pair is None or _is_pair(pair), f"{name} is {pair}, expected two whole numbers of pixels")
         _expect(0.0 <= self.stop_at <= 1.0, f"stop_at is {self.stop_at}, expected 0 to 1")
         _expect(self.passes in (1, 8), f"passes is {self.passes}, expected 1 (fast) or 8 (best)")
+        if self.prediction_type is not None:
+            _among("prediction_type", self.prediction_type, get_args(Prediction))
         _among("layers", self.layers, ("", *LAYER_KINDS))
         _among("rule", self.rule, RULES)
         _among("noise", self.noise, NOISE_KINDS)

@@ -225,7 +225,7 @@ class Run:
             pipe.schedule,
             guidance,
             rows=unet.rows,
-            prediction=pipe.manifest.prediction_type,
+            prediction=pipe.prediction(self.request),
             control=unet.control,
         )
         return denoiser, notices

@@ -109,18 +109,18 @@ def _net(pipe: Pipeline, name: str) -> Net:
                 predict=partial(_predict, pipe, role),
                 about=part.about,
             )
-    path = Path(name)
+    path = pipe.nets.get(name, Path(name))
     if path.suffix in (PACKAGE, COMPILED):
         engine = pipe.package(path)
         return Net(
-            name=path.stem,
+            name=path.stem if name not in pipe.nets else name,
             inputs={spec.name: spec.shape for spec in engine.inputs.values()},
             outputs={spec.name: spec.shape for spec in engine.outputs.values()},
             predict=lambda **arrays: pipe.package(path).predict(**arrays),  # it may have been closed since
             about=_about(path),
         )
     parts = pipe.manifest.parts
-    has = sorted({_SIZE.sub("", role.partition(":")[2]) for role in parts if role.startswith(PREFIXES)})
+    has = sorted({*pipe.nets, *(_SIZE.sub("", role.partition(":")[2]) for role in parts if role.startswith(PREFIXES))})
     raise RequestError(
         f'{pipe.folder}: this model has no control net "{name}", '
         + (f"only {', '.join(has)}; " if has else "and none at all; ")

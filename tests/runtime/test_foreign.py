@@ -1,8 +1,10 @@
 """Folders that others made: what is read out of them, and that they draw as Glassine's own with the same networks."""
 
+import dataclasses
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import coremltools as ct
@@ -10,8 +12,12 @@ import numpy as np
 import pytest
 from coremltools.models.utils import bisect_model, rename_feature
 
+from glassine.convert.control import Control as ConvertedControl
+from glassine.convert.control import control_networks
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
 from glassine.errors import EngineError, PackageError
+from glassine.manifest import Manifest
+from glassine.runtime.control import Control
 from glassine.runtime.engine.contract import COMPILED
 from glassine.runtime.foreign import is_model, read_model
 from glassine.runtime.pipeline import Pipeline
@@ -199,6 +205,90 @@ def test_stable_diffusion_2_is_told_from_its_name_or_size(tmp_path):
         assert f"predicts {prediction}, because of its" in model.notices[0]
         assert model.manifest.decided["prediction_type"] == model.notices[0]
         shutil.rmtree(folder)
+
+
+def test_what_it_predicts_may_be_said(bundle, tiny_folder, latents):
+    """In a request, which the picture records, or by diffusers' own file beside the packages."""
+    said = dataclasses.replace(REQUEST, prediction_type="v_prediction")
+    with Pipeline.load(bundle) as pipe:
+        result = pipe.run(said).finish()
+        assert read_record_of(result)["prediction_type"] == "v_prediction"
+    manifest = dataclasses.replace(Manifest.read(tiny_folder), prediction_type="v_prediction")
+    manifest.write(bundle)
+    expected = drawn(bundle)
+    (bundle / "glassine.json").unlink()
+    assert np.array_equal(result.latents, expected)
+    assert not np.array_equal(result.latents, latents)
+    (bundle / "scheduler").mkdir()
+    config = bundle / "scheduler" / "scheduler_config.json"
+    config.write_text('{"prediction_type": "v_prediction"}', encoding="utf-8")
+    assert "as scheduler_config.json says" in read_model(bundle).notices[0]
+    assert np.array_equal(drawn(bundle), expected)
+    for text in ("[]", "{", '{"prediction_type": "flow"}'):
+        config.write_text(text, encoding="utf-8")
+        with pytest.raises(PackageError, match=r"scheduler_config\.json: (cannot be read|prediction_type is 'flow')"):
+            read_model(bundle)
+
+
+def read_record_of(result):
+    return json.loads(result.text["glassine"])["request"]
+
+
+@pytest.fixture(scope="module")
+def steered_folder(checkpoints, controls, tiny_checkpoint, tmp_path_factory):
+    """Our own folder with a control network, to be taken apart."""
+    place = tmp_path_factory.mktemp("steered")
+    values = checkpoints.values(controls.ldm_control(checkpoints, checkpoints.TINY))
+    net = checkpoints.write_safetensors(place / "canny.safetensors", values)
+    further = (partial(control_networks, [ConvertedControl(net)]),)
+    convert_checkpoint(
+        tiny_checkpoint, place / "model", ConvertOptions(sizes=((64, 64),), attention="einsum", further=further)
+    )
+    return place / "model"
+
+
+@pytest.mark.parametrize("where", ["beside", "controlnet", "mochi"])
+def test_control_networks_of_others(where, steered_folder, tmp_path):
+    """Apple's layouts and Mochi Diffusion's: found, listed by name, and drawn with as our own."""
+    folder = tmp_path / "app" / "models" / "bundle" if where == "mochi" else tmp_path / "bundle"
+    shutil.copytree(steered_folder, folder, ignore=shutil.ignore_patterns("glassine.json", "*.weights.json"))
+    net, name = folder / "ControlNet_canny.mlpackage", "canny"
+    if where != "beside":
+        name = "LllyasvielSdControlnetCanny"
+        place = folder / "controlnet" if where == "controlnet" else tmp_path / "app" / "controlnet"
+        place.mkdir()
+        net = net.rename(place / f"{name}.mlpackage")
+    hint = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+    def steered(folder, name):
+        with Pipeline.load(folder) as pipe:
+            settings = {"prompt": "a paper boat", "steps": 2, "seed": 3}
+            return pipe(controls=[Control(name, hint, weight=0.7)], output="latent", **settings)
+
+    model = read_model(folder)
+    assert model.packages()[f"control:{name}"].samefile(net)
+    assert model.notices == ()
+    assert np.array_equal(steered(folder, name), steered(steered_folder, "canny"))
+
+
+def test_control_networks_that_do_not_fit_are_named(bundle, steered_folder, tmp_path):
+    net = bundle / "controlnet" / "Canny.mlpackage"
+    shutil.copytree(steered_folder / "ControlNet_canny.mlpackage", net)
+    assert "Canny have nowhere to go" in read_model(bundle).notices[0]
+    shutil.copytree(steered_folder / "ControlledUnet.mlpackage", bundle / "ControlledUnet.mlpackage")
+    assert read_model(bundle).nets == {"Canny": net}
+
+    def change(spec):
+        hint = next(given for given in spec.description.input if given.name == "encoder_hidden_states")
+        hint.type.multiArrayType.shape[1] *= 2
+
+    edited(net, change)
+    model = read_model(bundle)
+    assert model.nets == {}
+    assert model.notices == ("control networks of another size or family: Canny",)
+    edited(net, lambda spec: rename_feature(spec, "controlnet_cond", "picture"))
+    with pytest.raises(PackageError, match=r"Canny\.mlpackage: its inputs are .*controlnet_cond \(B, 3, H, W\)"):
+        read_model(bundle)
 
 
 def test_what_sdxl_and_lcm_read(tmp_path):
