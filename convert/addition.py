@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -253,9 +253,11 @@ class PackagedWeights:
             records[at].dtype != dtype for at, dtype in dtypes.items()
         ):
             raise PackageError(f"{path}: does not hold what its index says; convert the model again")
-        for name, (_, place) in self._places.items():
-            weight = Weight(name, place.shape, place.scale, "float32" if place.dtype == "float32" else "float16")
-            plan.know(weight, place.dtype, place.offset - ALIGNMENT)
+        own = {place.name for place in self.index(file).places if place.owner == self._role}
+        for place in self.index(file).places:  # a weight may be there with several factors, for several forms
+            if place.owner == self._role or (not place.owner and place.name not in own):
+                dtype: Literal["float16", "float32"] = "float32" if place.dtype == "float32" else "float16"
+                plan.know(Weight(place.name, place.shape, place.scale, dtype), place.dtype, place.offset - ALIGNMENT)
         for name, packed in self._packed.items():
             weight = Weight(name, packed.stored, packed.scale, "float16")
             for item, at in packed.offsets.items():

@@ -29,7 +29,7 @@ TOLERANCE = 30.0  # dB below the largest value of the reference, over which a re
 UNITS: tuple[ComputeUnits, ...] = ("cpu_and_ne", "cpu_and_gpu", "all", "cpu_only")  # what saves energy first
 _ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")  # what counts most first
 _RUNS, _WARMUP, _SECONDS = 20, 2, 30.0  # timed calls of a candidate, and seconds after which fewer are enough
-_PATIENCE = 60.0  # seconds that a candidate may be silent even where less of the budget is left
+_PATIENCE = 60.0  # seconds that a candidate may be silent at least; at most half of what is left of the budget
 Tell = Callable[[str], None]
 
 
@@ -181,8 +181,8 @@ class Tuner:
     def _time(
         self, way: Way, options: EngineOptions, keep: Path, effort: Effort, cache: Path | None = None
     ) -> Timing | Failure:
-        """Time a way in a child; when the budget ends it may be silent no longer than that."""
-        patience = max(_PATIENCE, self._ends - time.monotonic())
+        """Time a way in a child, which may hang: then the rest of the budget is for others."""
+        patience = max(_PATIENCE, (self._ends - time.monotonic()) / 2)
         subject = Subject(
             packages=files_of(way.folder, way.part),
             options=replace(options, load_timeout=min(options.load_timeout, patience)),

@@ -1,0 +1,223 @@
+"""Other forms of a folder's UNet: they draw the same, share its weights, and get and lose every LoRA with it."""
+
+import hashlib
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glassine.convert import swap
+from glassine.convert.folder import ConvertOptions, convert_checkpoint
+from glassine.convert.forms import ROLE, drop_form, form_of, keep_form, write_forms
+from glassine.convert.lora import LoraFile
+from glassine.convert.swap import change_loras, variant
+from glassine.errors import PackageError
+from glassine.manifest import WEIGHT_FILE, Manifest
+from glassine.runtime import tuned
+from glassine.runtime.engine import EngineOptions
+from glassine.runtime.pipeline import Pipeline
+from glassine.runtime.request import Request
+from glassine.runtime.tuned import Choice, Tuning
+
+TINY = Path(swap.__file__).parents[1] / "models" / "tiny"
+LCM = LoraFile(TINY / "tiny_lcm_lora.safetensors", 0.8, 0.0)
+SIZES = ((64, 64), (96, 64))
+CLOSE = 2e-3  # measured 4e-4 at most, of latents up to 1.8
+FIRST = SIZES[0]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The tiny model at two sizes; read only."""
+    folder = tmp_path_factory.mktemp("forms") / "model"
+    convert_checkpoint(TINY / "tiny.safetensors", folder, ConvertOptions(sizes=SIZES, tokenizer=TINY))
+    return folder
+
+
+@pytest.fixture
+def model(converted, tmp_path):
+    """A copy that may be changed; its hard links are kept."""
+    shutil.copytree(converted, tmp_path / "model", copy_function=os.link)
+    return tmp_path / "model"
+
+
+def forms(folder):
+    manifest = Manifest.read(folder)
+    own = form_of(manifest.parts["unet"], manifest.tokens)
+    last = "channels_last"
+    return {
+        "own": own,
+        "einsum 1": replace(own, rows=1, attention="einsum", layout=last),
+        "split 1": replace(own, rows=1),
+        "sdpa 2": replace(own, attention="sdpa", layout=last),
+    }
+
+
+def quiet(progress):
+    pass
+
+
+def contents(folder):
+    """Name -> digest of every file of the model."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights(folder, package):
+    return folder / f"{package}.mlpackage" / WEIGHT_FILE
+
+
+def choose(folder, size, role):
+    """Draw with this part from now on, in the place of the UNet."""
+    manifest = Manifest.read(folder)
+    part = manifest.part(role, size)
+    choice = Choice(role=role, units=None, device="cpu", programs=tuned.programs_of(folder, part), why="")
+    found = Tuning(model="tiny", size=size, machine="", date="", choices={"unet": choice})
+    tuned.write(tuned.place_of(folder, manifest, size, "portable"), found)
+
+
+def latents(folder, size=FIRST, **settings):
+    """What is drawn, and the packages and rows that drew it."""
+    with Pipeline.load(folder, EngineOptions(engine="portable"), size=size) as pipe:
+        request = Request(prompt="a red circle", steps=2, seed=5, **settings)
+        made = pipe.run(request).finish().latents
+        assert pipe.notices == ()
+        return made, pipe.choices.of("unet", pipe.manifest.part("unet", size)).part
+
+
+@pytest.fixture(autouse=True)
+def _config(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASSINE_CONFIG", str(tmp_path / "config"))
+
+
+def test_candidates_leave_the_folder_as_it_is(model):
+    before = contents(model)
+    place = model / ".glassine" / "tune"
+    place.mkdir(parents=True)
+    wanted = [form for name, form in forms(model).items() if name != "own"]
+    made = write_forms(model, FIRST, wanted, place, quiet)
+    assert {name: digest for name, digest in contents(model).items() if not name.startswith(".glassine")} == before
+    for form, part in made.items():
+        assert part.inputs["sample"][0] == (form.rows, 4, 8, 8)
+        assert (part.attention, part.layout) == (form.attention, form.layout)
+        assert (place / part.file / "Manifest.json").is_file()
+    # One weight file for all of them: the queries that sdpa scales by itself lie behind the UNet's own weights.
+    assert len({(place / part.file / WEIGHT_FILE).stat().st_ino for part in made.values()}) == 1
+    own, extended = weights(model, "Unet").read_bytes(), (place / made[wanted[0]].file / WEIGHT_FILE).read_bytes()
+    assert extended[64 : len(own)] == own[64:]
+    assert len(extended) > len(own)
+
+
+def test_forms_without_weights_of_their_own_are_links(model):
+    place = model / ".glassine" / "tune"
+    place.mkdir(parents=True)
+    (part,) = write_forms(model, FIRST, [forms(model)["split 1"]], place, quiet).values()
+    assert (place / part.file / WEIGHT_FILE).samefile(weights(model, "Unet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        pytest.param("einsum 1", {}, marks=pytest.mark.slow),
+        ("split 1", {}),
+        ("split 1", {"guidance_scale": 1.0}),
+        ("sdpa 2", {}),
+    ],
+)
+def test_another_form_draws_the_same(model, name, settings):
+    plain, part = latents(model, **settings)
+    assert part.role == "unet"
+    keep_form(model, FIRST, forms(model)[name], quiet)
+    choose(model, FIRST, ROLE)
+    other, part = latents(model, **settings)
+    assert part.file == "TunedUnet.mlpackage"
+    assert part.inputs["sample"][0][0] == forms(model)[name].rows
+    assert np.abs(other - plain).max() < CLOSE
+    assert not np.array_equal(other, plain)  # it was another program
+
+
+def test_keeping_another_form_takes_the_place_of_the_first(model):
+    before, manifest = weights(model, "Unet").read_bytes(), Manifest.read(model)
+    sizes = []
+    for name in ("sdpa 2", "split 1", "sdpa 2", "einsum 1"):
+        part = keep_form(model, FIRST, forms(model)[name], quiet)
+        assert part.attention == name.split()[0]
+        assert Manifest.read(model).parts[ROLE].inputs == part.inputs
+        assert weights(model, "TunedUnet").samefile(weights(model, "Unet"))
+        sizes.append(weights(model, "Unet").stat().st_size)
+    assert sizes == [sizes[0]] * 4  # what sdpa has put behind the weights is found again, and the others need less
+    drop_form(model, FIRST)
+    assert Manifest.read(model) == manifest
+    assert not list(model.glob("Tuned*"))
+    assert weights(model, "Unet").read_bytes()[64 : len(before)] == before[64:]
+
+
+def test_a_form_that_came_and_went_leaves_nothing(model):
+    before = contents(model)
+    keep_form(model, FIRST, forms(model)["split 1"], quiet)
+    drop_form(model, FIRST)
+    assert contents(model) == before
+    drop_form(model, FIRST)  # nothing is there, nothing happens
+
+
+def test_every_size_has_its_own(model):
+    keep_form(model, SIZES[1], forms(model)["einsum 1"], quiet)
+    manifest = Manifest.read(model)
+    assert manifest.part(ROLE, FIRST) is None
+    assert manifest.part(ROLE, SIZES[1]).inputs["sample"][0] == (1, 4, 8, 12)
+    plain, _ = latents(model, SIZES[1])
+    choose(model, SIZES[1], f"{ROLE}")
+    other, part = latents(model, SIZES[1])
+    assert part.file == "TunedUnet_96x64.mlpackage"
+    assert np.abs(other - plain).max() < CLOSE
+    assert manifest.sizes == SIZES
+
+
+@pytest.mark.parametrize("name", [pytest.param("einsum 1", marks=pytest.mark.slow), "sdpa 2"])
+def test_a_lora_changes_the_form_with_the_unet(model, name):
+    keep_form(model, FIRST, forms(model)[name], quiet)
+    choose(model, FIRST, ROLE)
+    before, files = latents(model)[0], contents(model)
+    swap.add_loras(model, [LCM])
+    changed, part = latents(model)
+    assert part.file == "TunedUnet.mlpackage"
+    assert np.abs(changed - before).max() > 0.05  # measured 0.5: the LoRA is in it
+    shutil.rmtree(Path(os.environ["GLASSINE_CONFIG"]))
+    plain, part = latents(model)
+    assert part.file == "Unet.mlpackage"
+    assert np.abs(changed - plain).max() < CLOSE
+    change_loras(model, [])
+    assert contents(model) | {"loras/tiny_lcm_lora.safetensors": ""} == files | {"loras/tiny_lcm_lora.safetensors": ""}
+
+
+@pytest.mark.slow
+def test_a_lora_in_the_prompt_changes_the_form_too(model):
+    keep_form(model, FIRST, forms(model)["sdpa 2"], quiet)
+    choose(model, FIRST, ROLE)
+    before, _ = latents(model)
+    changed, part = latents(variant(model, [LCM]))
+    assert part.file == "TunedUnet.mlpackage"
+    assert np.abs(changed - before).max() > 0.05  # measured 1.3
+    assert np.array_equal(latents(model)[0], before)
+
+
+def test_a_folder_with_loras_in_it_says_why_not(model):
+    swap.add_loras(model, [LCM])
+    with pytest.raises(PackageError, match="take them out first: glassine lora"):
+        keep_form(model, FIRST, forms(model)["einsum 1"], quiet)
+
+
+def test_a_form_that_is_gone_is_never_drawn_with(model):
+    keep_form(model, FIRST, forms(model)["einsum 1"], quiet)
+    choose(model, FIRST, ROLE)
+    drop_form(model, FIRST)
+    with Pipeline.load(model, EngineOptions(engine="portable"), size=FIRST) as pipe:
+        assert "is not in this folder" in pipe.notices[0]
+        pipe.engine("unet")
+        assert pipe.rows("unet") == 2
