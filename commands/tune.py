@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,7 @@ def tune(model: Path, budget: float, parts: tuple[str, ...], reset: bool, as_jso
         return
     notes: list[str] = []
     own = own_ways(found, size, parts)
-    with other_forms(found, size, options, notes) if "unet" in own else nullcontext({}) as forms:
+    with other_forms(found, size, options, own, notes) as forms:
         ways = {role: [way, *(forms.values() if role == "unet" else ())] for role, way in own.items()}
         alone = [role for role, several in ways.items() if len(candidates({role: several}, options)) < 2]
         notes += [f"{role}: there is one way to run it here" for role in alone]

@@ -10,7 +10,7 @@ import fcntl
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -74,8 +74,17 @@ def _branches(manifest: Manifest) -> int:
 
 
 @contextmanager
-def other_forms(found: Model, size: Size, options: EngineOptions, notes: list[str]) -> Iterator[dict[Form, Way]]:
-    """The UNet of a model in other forms, which are there while this lasts; why there are none goes to `notes`."""
+def other_forms(
+    found: Model, size: Size, options: EngineOptions, own: Mapping[str, Way], notes: list[str]
+) -> Iterator[dict[Form, Way]]:
+    """The UNet of a model in other forms, which are there while this lasts; why there are none goes to `notes`.
+
+    Args:
+        own: the parts to tune; there are forms of the UNet alone.
+    """
+    if "unet" not in own:
+        yield {}
+        return
     if not (found.folder / FILE_NAME).is_file():
         notes.append("unet: attention and batch stay as they are: Glassine did not convert this folder")
         yield {}
@@ -84,9 +93,7 @@ def other_forms(found: Model, size: Size, options: EngineOptions, notes: list[st
     from glassine.convert.imports import import_coremltools
     from glassine.runtime.tuning import Way
 
-    unet = found.manifest.part("unet", size)
-    assert unet is not None
-    wanted = _wanted(found.manifest, unet, options)
+    wanted = _wanted(found.manifest, own["unet"].part, options)
     with _workshop(found.folder) as place:
         say(f"unet: writing {len(wanted)} other forms of it")
         import_coremltools()

@@ -218,11 +218,11 @@ class Pipeline:
 
         Core ML's as they are stored, in one file or another; the portable engine's are float32, every part's its own.
         """
-        weights: dict[Need, Mapping[object, int]] = {}
+        weights: dict[Need, dict[object, int]] = {}
         for need in needed:
             pipe = self.refiner if need.refines and self.refiner is not None else self
             part = pipe._chosen(need.role).part
-            weights[need] = weight_files(files_of(pipe.folder, part))
+            weights[need] = dict(weight_files(files_of(pipe.folder, part)))
             if engine_name(self._options) == "portable":
                 stored = sum(weights[need].values())
                 weights[need] = {need: 4 * part.parameters if part.parameters else 2 * stored}

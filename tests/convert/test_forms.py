@@ -187,7 +187,7 @@ def test_a_lora_changes_the_form_with_the_unet(model, name):
     swap.add_loras(model, [LCM])
     changed, part = latents(model)
     assert part.file == "TunedUnet.mlpackage"
-    assert np.abs(changed - before).max() > 0.05  # measured 0.5: the LoRA is in it
+    assert np.abs(changed - before).max() > 0.05  # measured 1.3: the LoRA is in it
     shutil.rmtree(Path(os.environ["GLASSINE_CONFIG"]))
     plain, part = latents(model)
     assert part.file == "Unet.mlpackage"
