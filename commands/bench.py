@@ -63,7 +63,8 @@ file_options = options(
 def bench() -> None:
     """Measure how fast a model is on this machine.
 
-    `glassine bench FOLDER` measures; `compare` says whether two measurements differ.
+    `glassine bench FOLDER` measures, with the options of `glassine bench run --help`; `compare` says whether two
+    measurements differ.
 
     \b
     Example:

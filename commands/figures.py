@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from glassine.runtime.bench.words import seconds, three
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -83,11 +85,11 @@ def _limits(parts: Sequence[Measured]) -> Table:
     table = _table("", "GFLOP", "TFLOP/s", "GB/s", "limit", "reached", "ran on", numbers=5)
     for part in parts:
         work = part.about["work"]
-        table.add_row(f"[bold]{part.role}[/]", "" if work is None else f"{work['flops'] / 1e9:,.3g}")
+        table.add_row(f"[bold]{part.role}[/]", "" if work is None else three(work["flops"] / 1e9))
         for one in part.figures:
             roof = one.roof if one.roof is not None else {}
             reached = "?" if roof.get("share") is None else f"{roof['share']:.0%}"
-            rates = [f"{roof[name]:.3g}" if name in roof else "?" for name in ("tflops", "gigabytes")]
+            rates = [three(roof[name]) if name in roof else "?" for name in ("tflops", "gigabytes")]
             table.add_row(f"  {one.asked}", "", *rates, roof.get("bound") or "?", reached, ran_on(one))
     return table
 
@@ -96,7 +98,7 @@ def _pictures(pictures: Measured) -> Table:
     table = _table("", "load", "first", "median (quartiles)", "a minute", "peak", numbers=5)
     table.add_row(f"[bold]a picture, {pictures.about['steps']} steps[/]")
     for one in pictures.figures:
-        rate = "" if one.images_per_minute is None else f"{one.images_per_minute:.3g}"
+        rate = "" if one.images_per_minute is None else three(one.images_per_minute)
         peak = f"{one.peak_bytes / 1e9:.2f} GB"
         table.add_row(f"  {one.asked}", seconds(one.warm_load), seconds(one.first), spread(one), rate, peak)
     for asked in pictures.failures:
@@ -111,8 +113,8 @@ def _inside(pictures: Measured) -> Table:
     for one in pictures.figures:
         stages, energy, judged = one.stages, one.energy, one.quality
         step = stages["denoise"] / max(1.0, stages["evaluations"])
-        joules = "-" if energy is None else f"{energy['joules_per_picture']:.3g} J"
-        watts = "-" if energy is None else f"{sum(energy['watts'].values()):.3g} W"
+        joules = "-" if energy is None else f"{three(energy['joules_per_picture'])} J"
+        watts = "-" if energy is None else f"{three(sum(energy['watts'].values()))} W"
         psnr = "-" if judged is None else "equal" if judged["psnr"] is None else f"{judged['psnr']:.1f} dB"
         times = (seconds(stages["prepare"]), seconds(step), seconds(stages["decode"]))
         table.add_row(f"  {one.asked}", *times, joules, watts, psnr)
@@ -146,16 +148,11 @@ def _batched(found: Mapping[str, Any]) -> str:
     )
 
 
-def seconds(value: float) -> str:
-    """Seconds with three figures, in ms below one."""
-    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"
-
-
 def spread(one: Figures) -> str:
     """The median with quartiles, in one unit, and how many samples."""
-    scale, unit = (1000.0, "ms") if one.median < 1 else (1.0, "s")
-    median, low, high = one.median * scale, one.low * scale, one.high * scale
-    return f"{median:.3g} {unit} ({low:.3g}-{high:.3g}) n={len(one.samples)}"
+    unit = 1.0 if seconds(one.median).endswith(" s") else 1000.0
+    low, high = three(one.low * unit), three(one.high * unit)
+    return f"{seconds(one.median)} ({low}-{high}) n={len(one.samples)}"
 
 
 def ran_on(one: Figures) -> str:

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +30,7 @@ from glassine.runtime.bench.roofline import Work, position, work_of
 from glassine.runtime.bench.settings import Settings
 from glassine.runtime.bench.statistics import ratio_of_medians
 from glassine.runtime.bench.timing import Effort, Failure, Pictures, Subject, Timing, time_in_turns, time_peak
+from glassine.runtime.bench.words import seconds
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.engine.contract import COMPILED, engine_name
 from glassine.runtime.foreign import read_model
@@ -39,6 +40,7 @@ from glassine.runtime.request import Request
 PICTURE = "picture"
 NEEDED = ("text_encoder", "unet", "vae_decoder")  # for a whole picture; SDXL's refiner has text_encoder_2 alone
 _IDLE = 3.0  # seconds in which the machine's power is measured before anything runs
+_HOST = 0.02  # seconds a step that the loop itself may take
 _REFERENCE = 86400.0  # seconds that the reference picture may take: a large model on a CPU needs hours
 _HELD = 3  # times its weights that a loaded network may hold
 Tell = Callable[[str], None]
@@ -90,6 +92,8 @@ class _Bench:
             parts = tuple(self._part(role, part, begun) for role, part in chosen.items())
             pictures = self._pictures(meter, begun) if drawn else None
             batching = self._batching(chosen)
+        if pictures is not None:
+            self._notes += disagreements(parts, pictures)
         after = condition()
         self._notes += doubts(before, after, self._machine.cores)
         manifest = self._model.manifest
@@ -277,8 +281,8 @@ class _Bench:
         rows = self._model.manifest.batch
         if self._other is None:
             self._notes.append(
-                f"batch {rows} was measured, not held against another; for that: 'glassine convert SOURCE OTHER "
-                f"--batch {1 if rows > 1 else 2}', and then this command with --other-batch OTHER"
+                f"only batch {rows} is here; to compare batches: 'glassine convert SOURCE OTHER --batch "
+                f"{1 if rows > 1 else 2}', and then this command with --other-batch OTHER"
             )
             return ()
         unets = {rows: (self._model.folder, chosen["unet"]), self._other[0]: self._other[1]}
@@ -334,6 +338,24 @@ class _Bench:
     def _cache(self, asked: str) -> Path | None:
         """The compile cache of one contender: empty at first, so that loading is cold, or the user's own."""
         return self._place / f"cache-{asked}" if self._core_ml and self._settings.cold else None
+
+
+def disagreements(parts: Sequence[Measured], pictures: Measured) -> Iterator[str]:
+    """Where the UNet alone and the steps of whole pictures do not fit one another: then the machine changed between.
+
+    A step is one call of the UNet, or two where it has one row a call and there is guidance. Half as much again, either
+    way, is let pass.
+    """
+    for unet in (part for part in parts if part.role == "unet"):
+        calls = 1 if unet.about["rows"] != 1 else 2
+        for alone in unet.figures:
+            drawn = pictures.of(alone.asked)
+            step = None if drawn is None else drawn.stages["denoise"] / max(1.0, drawn.stages["evaluations"])
+            if step is not None and not alone.median / 1.5 <= step <= 1.5 * calls * alone.median + _HOST:
+                yield (
+                    f"pictures and parts disagree on {alone.asked}: a step took {seconds(step)}, the UNet alone "
+                    f"{seconds(alone.median)} a call; the machine was not the same all the time, measure again"
+                )
 
 
 def quality(latents: Path, reference: Path) -> Json:

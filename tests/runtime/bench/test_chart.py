@@ -45,7 +45,7 @@ def test_the_marks_are_the_figures(reports, drawn, tmp_path):
         "boat, 512 x 512",
         "Apple M2 Pro",
         "Neural Engine failed",
-        "4.5 s   13.3 a minute",
+        "4.50 s   13.3 a minute",
         "200 ms",
         "10 to 20",
     ):
