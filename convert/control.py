@@ -76,6 +76,8 @@ def control_networks(controls: Sequence[Control], base: Base) -> list[Network]:
         if network.key in {other.key for other in networks}:
             raise ConversionError(f"{control.path}: a second {network.key}; give it another name")
         networks.append(network)
+        if file.kind == "union":
+            networks.append(_union_hint(network, base))
     if any(network.role == "control" for network in networks):
         networks.append(steered_unet(base, "controlled_unet", "ControlledUnet", residuals=True))
     features = max((len(n.config.channels) for n in networks if n.role == "adapter"), default=0)
@@ -177,6 +179,26 @@ def _write_controlnet(config: ControlNetConfig, form: Form, weights: Requests, s
     from glassine.models.controlnet import controlnet
 
     return controlnet(config, weights, **_arguments(form, size))
+
+
+def _union_hint(net: Network, base: Base) -> Network:
+    """What makes one hint of a ControlNet++ ready, on the weights of the net's own file that it alone reads."""
+    return replace(
+        net,
+        key=net.key.replace("control:", "hint:"),
+        role="hint",
+        package=net.package.replace("ControlNet_", "ControlHint_"),
+        write=partial(_write_union_hint, net.config, base.options.form),
+        summary="What a ControlNet++ makes of one hint, once a picture.",
+        about={},
+    )
+
+
+def _write_union_hint(config: ControlNetConfig, form: Form, weights: Requests, size: Size) -> Program:
+    from glassine.models.controlnet import union_hint
+
+    said = _arguments(form, size)
+    return union_hint(config, weights, **{name: said[name] for name in ("height", "width", "attention", "layout")})
 
 
 def read_controlnet(file: ControlFile, name: str, base: Base) -> ControlNetConfig:

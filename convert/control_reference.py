@@ -21,11 +21,11 @@ def controlnet(config: ControlNetConfig, source: WeightSource, inputs: Mapping[s
     """
     w = Weights(source)
     temb = embedding(config.unet, w, inputs)
-    hint = _hint(w / "controlnet_cond_embedding", inputs["controlnet_cond"])
     if "control_type" in inputs:
-        kinds = inputs["control_type"]
+        kinds, hint = inputs["control_type"], inputs["fused_hint"]
         temb = temb + mlp(w / "control_add_embedding", sinusoid(kinds.flatten(), 256).reshape(len(kinds), -1))
-        hint = hint + _fused(w, hint, kinds)
+    else:
+        hint = _hint(w / "controlnet_cond_embedding", inputs["controlnet_cond"])
     text = inputs.get("encoder_hidden_states")
     context = torch.empty(0) if text is None else text[:, :, 0].transpose(1, 2)
     ways = Ways(config.unet, w, temb, context)
@@ -47,9 +47,11 @@ def _hint(w: Weights, x: Tensor) -> Tensor:
     return conv(w / "conv_out", x)
 
 
-def _fused(w: Weights, hint: Tensor, kinds: Tensor) -> Tensor:
-    """What a ControlNet++ adds to the hint: its small transformer, in which every row sees itself alone."""
-    x = hint.mean(dim=(2, 3)) + kinds @ w("task_embedding")
+def union_hint(source: WeightSource, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a ControlNet++ makes of one hint of its kind and weight: its small transformer sees each hint alone."""
+    w, weight = Weights(source), inputs["control_weight"]
+    hint = _hint(w / "controlnet_cond_embedding", inputs["controlnet_cond"])
+    x = weight * (hint.mean(dim=(2, 3)) + inputs["control_type"] @ w("task_embedding"))
     index = 0
     while f"transformer_layes.{index}.ln_1.weight" in w:
         layer = w / "transformer_layes" / index
@@ -57,7 +59,7 @@ def _fused(w: Weights, hint: Tensor, kinds: Tensor) -> Tensor:
         y = dense(layer / "mlp" / "c_fc", layer_norm(layer / "ln_2", x))
         x = x + dense(layer / "mlp" / "c_proj", y * torch.sigmoid(1.702 * y))
         index += 1
-    return dense(w / "spatial_ch_projs", x)[:, :, None, None]
+    return {"fused_hint": weight * (hint + dense(w / "spatial_ch_projs", x)[:, :, None, None])}
 
 
 def adapter(config: AdapterConfig, source: WeightSource, hint: Tensor) -> dict[str, Tensor]:

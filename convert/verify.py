@@ -37,7 +37,7 @@ Report = Callable[[int, int, str], None]
 TEXT_ROLES = ("text_encoder", "text_encoder_2")
 UNET_ROLES = ("unet", "controlled_unet", "adapted_unet")
 JUDGED = (*TEXT_ROLES, *UNET_ROLES, "vae_decoder", "vae_encoder")  # what a checkpoint itself holds
-CONTROL_ROLES = ("control", "adapter")
+CONTROL_ROLES = ("control", "hint", "adapter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,8 @@ def _control(folder: Path, manifest: Manifest, source: Path) -> dict[str, _Made]
         with torch.inference_mode():
             if file.kind == "t2i_adapter":
                 results = reference.adapter(read_adapter(file, base), file.weights, given["controlnet_cond"])
+            elif manifest.parts[name].role == "hint":
+                results = reference.union_hint(file.weights, given)
             else:
                 results = reference.controlnet(read_controlnet(file, name, base), file.weights, given)
         return {output: tensor.numpy() for output, tensor in results.items()}
@@ -250,7 +252,7 @@ def _unet_inputs(engine: Engine | Interface) -> Arrays:
     """What a UNet reads, and what the networks that steer it read."""
     rng = np.random.default_rng(0)
     pictures = {"controlnet_cond", "pixel", "argb"}
-    special = {"timestep", "time_ids", "control_type", *pictures}
+    special = {"timestep", "time_ids", "control_type", "control_weight", *pictures}
     given = {name: _normal(rng, engine, name) for name in engine.inputs if name not in special}
     shapes = {name: engine.inputs[name].shape for name in special if name in engine.inputs}
     if "timestep" in shapes:
@@ -260,6 +262,8 @@ def _unet_inputs(engine: Engine | Interface) -> Arrays:
         given["time_ids"] = rng.integers(0, 4096, shapes["time_ids"]).astype(np.float32)
     for name in sorted(pictures & set(shapes)):
         given[name] = rng.random(shapes[name]).astype(np.float16).astype(np.float32)
+    if "control_weight" in shapes:
+        given["control_weight"] = np.full(shapes["control_weight"], 0.75, np.float32)
     if "control_type" in shapes:
         rows, types = shapes["control_type"]
         given["control_type"] = np.eye(types, dtype=np.float32)[np.arange(rows) % types]

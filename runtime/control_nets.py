@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,8 @@ from glassine.runtime.control import Control, Float, ReadyControl, at_size, mode
 from glassine.runtime.denoiser import Inputs, NetworkCall, Predict, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
-HINT, TYPE = "controlnet_cond", "control_type"  # inputs of a control network beside the UNet's own
+# Inputs of a control network beside the UNet's own; a Union net has the sum of its hints, each made ready alone.
+HINT, TYPE, FUSED, WEIGHT = "controlnet_cond", "control_type", "fused_hint", "control_weight"
 # What a preprocessor makes, in the words of Union nets.
 _TYPES = {
     "canny": "hard_edge", "lineart": "hard_edge", "mlsd": "hard_edge", "scribble": "soft_edge", "softedge": "soft_edge",
@@ -38,12 +39,19 @@ _THREADS = 2  # more wait for the same memory
 _BLOCK = 1 << 18  # numbers summed at a time, so that they are still in the cache when the next net's are added
 
 
+class Hinter(NamedTuple):
+    """What makes one hint of a Union net ready: (hint, kind, weight) -> the part of the net's `fused_hint`."""
+
+    inputs: Shapes
+    predict: Predict
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Net:
     """A network that steers: a package of the model's folder, or one beside it.
 
     inputs, outputs: shapes by name; batch and sizes are static. about: what its part in glassine.json says, see
-    docs/control.md. predict: runs it; it is loaded at the first call.
+    docs/control.md. predict: runs it; it is loaded at the first call. hinter: of a Union net.
     """
 
     name: str
@@ -51,6 +59,7 @@ class Net:
     outputs: Shapes
     predict: Predict
     about: Mapping[str, Any] = field(default_factory=dict)
+    hinter: Hinter | None = None
 
     @property
     def kind(self) -> str:
@@ -60,7 +69,12 @@ class Net:
     @property
     def rows(self) -> int:
         """Rows of one call."""
-        return self.inputs[HINT][0]
+        return self.inputs["sample" if "sample" in self.inputs else HINT][0]
+
+    @property
+    def hint_shape(self) -> tuple[int, ...]:
+        """(B, C, H, W) of the hint that it, or what makes its hints ready, reads."""
+        return self.inputs[HINT] if self.hinter is None else self.hinter.inputs[HINT]
 
 
 class ControlNets:
@@ -77,7 +91,7 @@ class ControlNets:
     """
 
     def __init__(self, nets: Sequence[tuple[ReadyControl, Net]], unet: Shapes, *, first: int = 0, steps: int) -> None:
-        self._steered = [_Steered(ready, net) for ready, net in nets if not ready.idle]
+        self._steered = [_Steered(group, net) for group, net in _passes(nets)]
         for steered in self._steered:
             check_fits(steered.net, unet)
         self._sum = _Sum(residual_inputs(unet))
@@ -122,25 +136,58 @@ class _Term(NamedTuple):
     rows: tuple[tuple[int, int, float], ...]
 
 
-class _Steered:
-    """One net in one picture: what it is given, and what its residuals count."""
+def _passes(nets: Sequence[tuple[ReadyControl, Net]]) -> list[tuple[list[ReadyControl], Net]]:
+    """The controls that one call of a net takes: hints of a Union net that count in the same way, or each its own."""
+    passes: dict[object, tuple[list[ReadyControl], Net]] = {}
+    for index, (ready, net) in enumerate(nets):
+        if ready.idle:
+            continue
+        said = ready.control
+        alone = net.hinter is None or ready.map is not None or len(said.weights) > 1
+        how = (said.net, said.mode, said.start, said.stop, said.interval)
+        passes.setdefault(index if alone else how, ([], net))[0].append(ready)
+    return list(passes.values())
 
-    def __init__(self, ready: ReadyControl, net: Net) -> None:
-        self.control, self.net = ready.control, net
+
+class _Steered:
+    """One net in one picture: what it is given, and what its residuals count.
+
+    group: one control; or several of a Union net, which takes them all at once. Then the weights are those of the
+    hints, and the residuals count as they are, as in the published pipeline.
+    """
+
+    def __init__(self, group: Sequence[ReadyControl], net: Net) -> None:
+        ready = group[0]
+        self.control, self.net, self._group = ready.control, net, group
         self._cond_only = self.control.mode in ("control", "guess") or bool(net.about.get("global_pooling"))
-        self._given = {HINT: _hint_of(ready, net)}
-        if TYPE in net.inputs:
-            self._given[TYPE] = np.tile(_type_of(self.control, net), (net.rows, 1))
-        elif self.control.control_type is not None:
+        self._hints = [_hint_of(one, net) for one in group]
+        self._types = [_type_of(one.control, net) for one in group] if TYPE in net.inputs else []
+        if not self._types and self.control.control_type is not None:
             raise RequestError(f'control net "{net.name}" is for one kind of hint; leave type= out, Union nets have it')
         self._once = None if "sample" in net.inputs else lambda: net.predict(**self._given)
         self._features: Inputs | None = None
         weights = mode_weights(self.control.mode, net.kind, len(net.outputs))
-        self.plain = {*weights, *self.control.weights} == {1.0} and ready.map is None
+        own = (1.0,) if len(group) > 1 else self.control.weights
+        self.plain = {*weights, *own} == {1.0} and ready.map is None
         self._scales: dict[str, Any] = {name: weights[_number(name)] for name in net.outputs}
         if ready.map is not None:
             for name, (_, _, *size) in net.outputs.items():
                 self._scales[name] *= at_size(ready.map, *size).reshape(-1)
+
+    @cached_property
+    def _given(self) -> Inputs:
+        """What the net is given besides the UNet's inputs: the same at every step."""
+        rows, hinter = self.net.rows, self.net.hinter
+        kinds = {TYPE: np.tile(np.max(self._types, axis=0), (rows, 1))} if self._types else {}
+        if hinter is None:
+            return {HINT: np.repeat(self._hints[0], rows, axis=0), **kinds}
+        fused: Float | None = None
+        for one, hint, kind in zip(self._group, self._hints, self._types, strict=True):
+            weight = np.array([one.control.weights[0] if len(self._group) > 1 else 1.0], np.float32)
+            made = hinter.predict(**{HINT: hint, TYPE: kind[None], WEIGHT: weight})[FUSED].astype(np.float32)
+            fused = made if fused is None else fused + made
+        assert fused is not None
+        return {FUSED: np.repeat(fused, rows, axis=0), **kinds}
 
     def batches(self, call: NetworkCall) -> Iterator[tuple[int, ...]]:
         """The rows of a call that the net steers, as many at a time as it takes."""
@@ -164,7 +211,7 @@ class _Steered:
     def _weight(self, row: Row) -> float:
         if self._cond_only and row.branch != "cond":
             return 0.0
-        return self.control.weight_of(row.picture)
+        return 1.0 if len(self._group) > 1 else self.control.weight_of(row.picture)
 
     def _shared(self, call: NetworkCall, rows: tuple[int, ...]) -> Inputs:
         """What the net reads of the UNet's inputs, row by row; the last row fills it up."""
@@ -311,7 +358,7 @@ def check_fits(net: Net, unet: Shapes) -> None:
             f'control net "{net.name}" returns {len(net.outputs)} residuals, this model\'s UNet takes '
             f"{len(takes)} (it has no input {strange[0]}); the net was made for another family than the model"
         )
-    for name in sorted(net.inputs.keys() - {HINT, TYPE, "sample", "timestep"}):
+    for name in sorted(net.inputs.keys() - {HINT, TYPE, FUSED, "sample", "timestep"}):
         if net.inputs[name][1:] != unet.get(name, ())[1:]:
             raise RequestError(
                 f'control net "{net.name}" reads {name} of shape {net.inputs[name][1:]}, this model has '
@@ -326,8 +373,8 @@ def check_fits(net: Net, unet: Shapes) -> None:
 
 
 def _hint_of(ready: ReadyControl, net: Net) -> Float:
-    """The hint as the net wants it: its channels, once a row."""
-    _, channels, *size = net.inputs[HINT]
+    """The hint as the net wants it: its channels, (1, C, H, W)."""
+    _, channels, *size = net.hint_shape
     hint, said = ready.hint, ready.control
     if net.about.get("preprocessor") == "inpaint" and said.preprocess is None and said.mask is None:
         raise RequestError(
@@ -341,7 +388,7 @@ def _hint_of(ready: ReadyControl, net: Net) -> Float:
         )
     if channels == 1:
         hint = np.tensordot(_LUMINANCE, hint[0], axes=1)[None, None]
-    return np.ascontiguousarray(np.repeat(hint, net.rows, axis=0), dtype=np.float32)
+    return np.ascontiguousarray(hint, dtype=np.float32)
 
 
 def _type_of(control: Control, net: Net) -> Float:

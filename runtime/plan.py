@@ -119,9 +119,10 @@ def _roles(request: Request, inputs: Inputs, model: Manifest, size: Size, steps:
 def _steered(role: str, inputs: Inputs, steps: int, own: int) -> Iterator[str]:
     """A UNet, and what steers it: nets, with the UNet that takes what they give; the plain one where none acts."""
     controls = [ready.control for ready in inputs.controls if not ready.idle]
-    acting = {control.net: [control.acts(step, steps) for step in range(own)] for control in controls}
-    steered = [any(at_step) for at_step in zip(*acting.values(), strict=True)]
-    nets = [f"{kind}:{net}" for net, at_step in acting.items() if any(at_step) for kind in ("control", "adapter")]
+    acting = [(control.net, [control.acts(step, steps) for step in range(own)]) for control in controls]
+    steered = [any(at_step) for at_step in zip(*(at_step for _, at_step in acting), strict=True)]
+    acts = dict.fromkeys(net for net, at_step in acting if any(at_step))
+    nets = [f"{kind}:{net}" for net in acts for kind in ("hint", "control", "adapter")]
     unets = [*nets, f"adapted_{role}", f"controlled_{role}"] if any(steered) else []
     plain = [] if steered and all(steered) else [role]
     yield from (*unets, *plain) if steered and steered[0] else (*plain, *unets)

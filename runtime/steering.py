@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from glassine.errors import PackageError, RequestError
 from glassine.manifest import FILE_NAME, Manifest
 from glassine.runtime.control import ReadyControl
-from glassine.runtime.control_nets import ControlNets, Net, residual_inputs
+from glassine.runtime.control_nets import ControlNets, Hinter, Net, residual_inputs
 from glassine.runtime.denoiser import Predict
 from glassine.runtime.engine.contract import COMPILED
 
@@ -108,6 +108,7 @@ def _net(pipe: Pipeline, name: str) -> Net:
                 outputs=_shapes(part.outputs),
                 predict=partial(_predict, pipe, role),
                 about=part.about,
+                hinter=_hinter(pipe, name),
             )
     path = pipe.nets.get(name, Path(name))
     if path.suffix in (PACKAGE, COMPILED):
@@ -118,6 +119,7 @@ def _net(pipe: Pipeline, name: str) -> Net:
             outputs={spec.name: spec.shape for spec in engine.outputs.values()},
             predict=lambda **arrays: pipe.package(path).predict(**arrays),  # it may have been closed since
             about=_about(path),
+            hinter=_hinter_beside(pipe, path) if "fused_hint" in engine.inputs else None,
         )
     parts = pipe.manifest.parts
     has = sorted({*pipe.nets, *(_SIZE.sub("", role.partition(":")[2]) for role in parts if role.startswith(PREFIXES))})
@@ -126,6 +128,20 @@ def _net(pipe: Pipeline, name: str) -> Net:
         + (f"only {', '.join(has)}; " if has else "and none at all; ")
         + f"convert it first: glassine convert NET.safetensors --base {pipe.folder} --name {name}"
     )
+
+
+def _hinter(pipe: Pipeline, name: str) -> Hinter | None:
+    """What makes the hints of a Union net ready; None for other nets."""
+    role = f"hint:{name}"
+    part = pipe.manifest.part(role, pipe.size)
+    return None if part is None else Hinter(_shapes(part.inputs), partial(_predict, pipe, role))
+
+
+def _hinter_beside(pipe: Pipeline, path: Path) -> Hinter:
+    """The same for a package that is no part of the model."""
+    beside = path.with_name(path.name.replace("ControlNet_", "ControlHint_"))
+    shapes = {spec.name: spec.shape for spec in pipe.package(beside).inputs.values()}
+    return Hinter(shapes, lambda **arrays: pipe.package(beside).predict(**arrays))
 
 
 def _about(package: Path) -> Mapping[str, object]:

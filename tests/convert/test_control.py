@@ -162,8 +162,13 @@ def test_smaller_sdxl_nets(checkpoints, controls, families, tmp_path, kind):
 @pytest.mark.parametrize("types", [6, 8])
 def test_control_plus_plus(checkpoints, controls, families, tmp_path, types):
     values = checkpoints.values(controls.union(checkpoints, checkpoints.TINY_SDXL, types))
-    package = plan(checkpoints.write_safetensors(tmp_path / "promax.safetensors", values), base_of(families["sdxl"]))
+    path, base = checkpoints.write_safetensors(tmp_path / "promax.safetensors", values), base_of(families["sdxl"])
+    networks = control_networks([Control(path)], base)[:2]
+    package, hinter = plan_packages(networks, base.options.sizes, "model", lambda _: None)
+    assert (package.key, hinter.key, hinter.file) == ("control:promax", "hint:promax", "ControlHint_promax.mlpackage")
     assert package.lowered.inputs["control_type"] == ((2, types), "float32")
+    assert hinter.lowered.inputs["control_type"] == ((1, types), "float32")
+    assert package.lowered.inputs["fused_hint"][0] == (2, *hinter.lowered.outputs["fused_hint"][0][1:])
     about = package.network.about
     assert (about["kind"], len(about["control_types"]), about["control_types"][:2]) == (
         "union",
@@ -171,7 +176,7 @@ def test_control_plus_plus(checkpoints, controls, families, tmp_path, types):
         ["openpose", "depth"],
     )
     width = 32
-    found = stored(package)["transformer_layes.0.attn.to_v.weight"]
+    found = stored(hinter)["transformer_layes.0.attn.to_v.weight"]
     np.testing.assert_array_equal(
         found, values["transformer_layes.0.attn.in_proj_weight"][2 * width :].astype(np.float16).reshape(-1)
     )

@@ -152,6 +152,20 @@ def test_into_a_model_in_chunks(checkpoints, controls, tmp_path):
     assert judged.psnr > 60
 
 
+def test_a_union_net_is_two_packages_that_verify_judges(checkpoints, controls, tmp_path):
+    sizes = checkpoints.TINY_SDXL
+    base = checkpoints.write_checkpoint(tmp_path / "xl.safetensors", sizes)
+    file = checkpoints.write_safetensors(
+        tmp_path / "union.safetensors", checkpoints.values(controls.union(checkpoints, sizes))
+    )
+    convert_checkpoint(base, tmp_path / "model", ConvertOptions(sizes=((64, 64),), attention="einsum", part="unet"))
+    manifest = add(tmp_path / "model", file)
+    assert manifest.parts["hint:union"].file == "ControlHint_union.mlpackage"
+    reports = verify_folder(tmp_path / "model", file, options=PORTABLE)
+    assert [report.role for report in reports] == ["control:union", "hint:union"]
+    assert min(report.psnr for report in reports) > 60, reports
+
+
 def test_verify_judges_what_a_control_file_made(checkpoints, controls, folder, net, tiny_checkpoint, tmp_path):
     shapes = controls.adapter((32, 64, 64, 64), 3 * 64)
     adapter = checkpoints.write_safetensors(tmp_path / "t2i_depth.safetensors", checkpoints.values(shapes))

@@ -205,7 +205,7 @@ def test_a_lora_on_palettes_needs_the_checkpoint_that_they_were_made_of(loras, c
 
 
 def test_a_lora_that_palettes_alone_would_lose():
-    """Why: merged into what 6 bits have kept, a change of 1 % of the weights is rounded away; from the weights it stays."""
+    """Merged into what 6 bits have kept, a change of 1 % of the weights is rounded away; into the weights it is not."""
     rng = np.random.default_rng(0)
     weight = (0.03 * rng.standard_t(6, (320, 320))).astype(np.float16)
     delta = (rng.standard_normal((320, 16)) @ rng.standard_normal((16, 320))).astype(np.float32)

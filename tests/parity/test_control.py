@@ -16,7 +16,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel, T2IAdapter
 
 from glassine.models.adapter import adapter
 from glassine.models.config import SD15, AdapterConfig, ControlNetConfig, UNetConfig
-from glassine.models.controlnet import controlnet
+from glassine.models.controlnet import controlnet, union_hint
 from glassine.models.unet import feature_shapes, skip_shapes, unet
 
 Opened = Callable[..., Any]
@@ -156,7 +156,6 @@ FULL = [("split", "channels_first"), ("einsum", "channels_last"), ("sdpa", "chan
     ("name", "attention", "layout"),
     [
         *(("sd1", *form) for form in FULL),
-        *(("union", *form) for form in FULL[:2]),
         *((name, "split", "channels_first") for name in ("shuffle", "sd2", "sdxl", "mid", "small")),
     ],
 )
@@ -167,19 +166,45 @@ def test_controlnet(networks: Any, opened: Opened, name: str, attention: str, la
     engine = opened(controlnet, config, weights_of(networks, module), **sizes)
     inputs = {**inputs_of(config.unet), "controlnet_cond": hint_of(3)}
     given = {**arguments(inputs), "controlnet_cond": torch.from_numpy(inputs["controlnet_cond"])}
-    if config.control_types is not None:
-        kind = 3
-        inputs["control_type"] = np.eye(config.control_types, dtype=np.float32)[[kind, kind]]
-        given |= {
-            "controlnet_cond": [given["controlnet_cond"]],
-            "control_type": torch.from_numpy(inputs["control_type"]),
-            "control_type_idx": [kind],
-        }
     actual = engine.predict(**{name: inputs[name] for name in engine.inputs})
     expected = expected_residuals(module, config, given)
     assert len(actual) == len(expected)
     for i, residual in enumerate(expected):
         assert networks.decibels(actual[f"additional_residual_{i}"], residual) >= PROMISED, i  # measured 95.8
+
+
+@pytest.mark.parametrize("form", FULL[:2])
+@pytest.mark.parametrize("hints", [{3: 1.0}, {3: 1.3, 0: 0.4, 1: 0.8}], ids=["one", "three"])
+def test_union(networks: Any, opened: Opened, hints: dict[int, float], form: tuple[str, str]) -> None:
+    """Several hints of several kinds in one pass, each with its weight, as diffusers takes them."""
+    config = NETS["union"]
+    module = networks.randomised(diffusers_control(config))
+    sizes = {"height": HEIGHT, "width": WIDTH, "attention": form[0], "layout": form[1]}
+    weights = weights_of(networks, module)
+    own = ("controlnet_cond_embedding.", "task_embedding", "transformer_layes.", "spatial_ch_projs.")
+    hinter = opened(union_hint, config, {k: v for k, v in weights.items() if k.startswith(own)}, **sizes)
+    rest = {name: array for name, array in weights.items() if not name.startswith(own)}
+    engine = opened(controlnet, config, rest, **sizes, tokens=TOKENS)
+    kinds = np.eye(config.control_types, dtype=np.float32)
+    pictures = {kind: halves(np.random.default_rng(kind), *hint_of(3)[:1].shape) for kind in hints}
+    fused = sum(
+        hinter.predict(
+            controlnet_cond=pictures[kind], control_type=kinds[[kind]], control_weight=np.array([weight], np.float32)
+        )["fused_hint"].astype(np.float32)
+        for kind, weight in hints.items()
+    )
+    many = np.tile(kinds[list(hints)].max(axis=0), (2, 1))
+    inputs = {**inputs_of(config.unet), "control_type": many, "fused_hint": np.repeat(fused, 2, axis=0)}
+    given = {
+        **arguments(inputs_of(config.unet)),
+        "controlnet_cond": [torch.from_numpy(picture).repeat(2, 1, 1, 1) for picture in pictures.values()],
+        "control_type": torch.from_numpy(many),
+        "control_type_idx": list(hints),
+        "conditioning_scale": list(hints.values()),
+    }
+    actual = engine.predict(**{name: inputs[name] for name in engine.inputs})
+    for i, residual in enumerate(expected_residuals(module, config, given)):
+        assert networks.decibels(actual[f"additional_residual_{i}"], residual) >= PROMISED, i
 
 
 # The controlled and the adapted UNet, and what makes their inputs.

@@ -147,6 +147,22 @@ def test_union(sdxl, kind):
     assert relative(ours(pipe, [Control("union", HINT, weight=0.7, control_type=other)]), expected) > 1e-2
 
 
+def test_union_with_two_hints_at_once(sdxl):
+    """One call of the net for both, their weights on the hints; not the sum of two calls."""
+    pipe, parts, _, union = sdxl
+    other = np.ascontiguousarray(HINT[::-1, :, ::-1])
+    expected = theirs(
+        StableDiffusionXLControlNetUnionPipeline, parts, {"controlnet": union, "add_watermarker": False},
+        control_image=[Image.fromarray(HINT), Image.fromarray(other)], control_mode=[3, 1],
+        controlnet_conditioning_scale=[0.7, 0.4],
+    )  # fmt: skip
+    edges = Control("union", HINT, weight=0.7, control_type="hard_edge")
+    depth = Control("union", other, weight=0.4, control_type="depth")
+    assert relative(ours(pipe, [edges, depth]), expected) < 5e-4
+    apart = ours(pipe, [edges, Control("union", other, weight=0.4, control_type="depth", interval="a1111")])
+    assert relative(apart, expected) > 1e-3  # counted otherwise: two calls, whose residuals are summed
+
+
 def test_adapter(tiny_diffusers, tmp_path):
     unet = UNet2DConditionModel.from_pretrained(tiny_diffusers, subfolder="unet", torch_dtype=torch.float32)
     channels = list(unet.config.block_out_channels)

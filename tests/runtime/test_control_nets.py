@@ -10,7 +10,7 @@ import pytest
 
 from glassine.errors import EngineError, RequestError
 from glassine.runtime.control import Control, ReadyControl, at_size, mode_weights
-from glassine.runtime.control_nets import ControlNets, Net
+from glassine.runtime.control_nets import ControlNets, Hinter, Net
 from glassine.runtime.denoiser import NetworkCall, Row
 
 SIDE = 16  # latent cells; pixels are eight times as many
@@ -271,6 +271,43 @@ def test_a_union_net_is_told_what_it_sees(settings: dict[str, Any], kind: int) -
         ControlNets([(ready(), union)], unet_inputs(2), steps=4)
     with pytest.raises(RequestError, match="is for one kind of hint; leave type= out"):
         ControlNets([(ready(control_type="tile"), net(package))], unet_inputs(2), steps=4)
+
+
+def test_hints_of_a_union_net_that_count_alike_are_one_call() -> None:
+    """Made ready once a picture, added up, and their kinds said together; one with a map of its own is another call."""
+    package, made, given = Package(2), [], []
+    plain = net(package, kind="union", control_types=["openpose", "hard_edge", "tile", "depth"])
+    inputs = {name: shape for name, shape in plain.inputs.items() if name != "controlnet_cond"}
+    fused = RNG.standard_normal((1, 3, SIDE, SIDE)).astype(np.float32)
+
+    def ready_hint(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+        made.append(arrays)
+        return {"fused_hint": fused * float(arrays["control_weight"][0])}
+
+    def predict(fused_hint: np.ndarray, control_type: np.ndarray, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+        given.append((fused_hint.copy(), control_type.copy()))
+        return package(controlnet_cond=np.zeros(plain.inputs["controlnet_cond"], np.float32), **arrays)
+
+    union = Net(
+        name="union", inputs={**inputs, "fused_hint": (2, 3, SIDE, SIDE), "control_type": (2, 4)}, predict=predict,
+        outputs=plain.outputs, about=plain.about,
+        hinter=Hinter({"controlnet_cond": (1, 3, 8 * SIDE, 8 * SIDE)}, ready_hint),
+    )  # fmt: skip
+    controls = [
+        ready(weight=0.5, control_type="depth"),
+        ready(weight=1.5, control_type="tile"),
+        ready(weight=0.0, control_type="openpose"),
+        ready(control_type="hard_edge", control_map=RAMP),
+    ]
+    steered = ControlNets([(control, union) for control in controls], unet_inputs(2), steps=4)
+    for i in range(2):
+        steered(network_call(2, BOTH, i))
+    assert [float(arrays["control_weight"][0]) for arrays in made] == [0.5, 1.5, 1.0]
+    assert [int(arrays["control_type"].argmax()) for arrays in made] == [3, 2, 1]
+    assert len(given) == 4  # two calls a step: the two hints together, and the one with a map
+    for (hint, kinds), (factor, named) in zip(given, [(2.0, [0, 0, 1, 1]), (1.0, [0, 1, 0, 0])] * 2, strict=True):
+        assert np.allclose(hint, np.repeat(factor * fused, 2, axis=0), rtol=1e-6)
+        assert kinds.tolist() == [named, named]
 
 
 def test_a_net_that_returns_nan_is_named() -> None:
