@@ -6,24 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from glassine.commands.options import FILE, FOLDER, model_size, options, say
 
-UNITS = "ane,gpu,all"
-
-
-class Measuring(click.Group):
-    """A group whose first command needs no name: `glassine bench FOLDER` is `glassine bench run FOLDER`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put the first command's name in front where there is none."""
-        if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = [next(iter(self.commands)), *args]
-        return super().parse_args(ctx, args)
+COMPARE = "compare"
 
 
 what_options = options(
-    click.option("--units", default=UNITS, show_default=True, metavar="ANE,GPU,...",
+    click.option("--units", default="ane,gpu,all", show_default=True, metavar="ANE,GPU,...",
                  help="Core ML's compute units to measure: some of ane, gpu, cpu, all."),
     click.option("--engine", type=click.Choice(["auto", "coreml", "portable"]), default="auto", show_default=True,
                  help="auto: Core ML on a Mac, PyTorch elsewhere."),
@@ -43,8 +34,8 @@ how_options = options(
                  help="Timed whole pictures; 0 leaves them out."),
     click.option("--warmup", type=click.IntRange(0), default=3, show_default=True,
                  help="Calls before the timed ones that are not counted."),
-    click.option("--cold/--no-cold", default=True, show_default=True,
-                 help="Also load with an empty compile cache: minutes for the Neural Engine."),
+    click.option("--no-cold", is_flag=True,
+                 help="Do not load with an empty compile cache too, which takes minutes for the Neural Engine."),
     click.option("--energy", is_flag=True,
                  help="Joules a picture, by macOS's powermetrics, which needs root: 'sudo -v' first."),
     click.option("--quality", is_flag=True,
@@ -59,40 +50,51 @@ file_options = options(
 )  # fmt: skip
 
 
-@click.group(cls=Measuring)
-def bench() -> None:
-    """Measure how fast a model is on this machine.
-
-    `glassine bench FOLDER` measures, with the options of `glassine bench run --help`; `compare` says whether two
-    measurements differ.
-
-    \b
-    Example:
-      glassine bench dreamshaper
-      glassine bench dreamshaper --units ane,gpu --json mine.json --chart mine.png
-      glassine bench compare before.json after.json
-    """
-
-
-@bench.command()
-@click.argument("model", type=FOLDER)
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL|compare")
+@click.argument("files", type=FILE, nargs=-1, metavar="[FILE]...")
 @what_options
 @how_options
 @file_options
-def run(model: Path, json_file: str | None, charts: tuple[Path, ...], **asked: Any) -> None:
-    """Time every part of MODEL, and whole pictures, on every choice of compute units.
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    model: Path,
+    files: tuple[Path, ...],
+    json_file: str | None,
+    charts: tuple[Path, ...],
+    **asked: Any,
+) -> None:
+    """Measure how fast a model is on this machine.
 
-    Loads, first calls, median steps with quartiles, peak memory, how near the chip's limits; and on which units it
-    really ran. Everything runs in child processes, in turns: what crashes or hangs is reported, and the rest is
-    measured. Off a Mac it times the portable engine. docs/bench.md explains every figure.
+    Times every part of MODEL, and whole pictures, on every choice of compute units: loads, first calls, median steps
+    with quartiles, peak memory, how near the chip's limits; and on which units it really ran. Everything runs in child
+    processes, in turns: what crashes or hangs is reported, and the rest is measured. Off a Mac it times the portable
+    engine. docs/bench.md explains every figure.
+
+    With compare, every other FILE that --json wrote is held against the first: ratios of median times, below 1 is
+    faster, with intervals that hold with at least 95 % confidence; where one contains 1 no difference was seen.
 
     \b
     Example:
       glassine bench dreamshaper
-      glassine bench dreamshaper --units ane,gpu --runs 50 --json mine.json --chart mine.png --chart mine.svg
+      glassine bench dreamshaper --units ane,gpu --runs 50 --json mine.json --chart mine.png
       glassine bench dreamshaper --part unet --pictures 0 --no-cold
       sudo -v && glassine bench dreamshaper --units ane,gpu --energy
+      glassine bench compare before.json after.json
     """
+    if str(model) == COMPARE:
+        given = [name for name in asked if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given or charts:
+            raise click.UsageError("compare takes files and --json, no other options")
+        _compare(files, json_file)
+    elif files:
+        raise click.UsageError(f"one model at a time; got {model} and {', '.join(map(str, files))}")
+    else:
+        _measure(model, json_file, charts, asked)
+
+
+def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked: dict[str, Any]) -> None:
     from glassine.commands.figures import show
     from glassine.runtime.bench.chart import check_charts, draw
     from glassine.runtime.bench.folder import bench as measure
@@ -101,13 +103,12 @@ def run(model: Path, json_file: str | None, charts: tuple[Path, ...], **asked: A
     from glassine.runtime.engine import EngineOptions
     from glassine.runtime.engine.contract import engine_name
 
-    names = ("engine", "device", "precision")
-    engine = EngineOptions(**{name: asked.pop(name) for name in names})
     check_charts(charts)
     for path in (*charts, *(() if json_file in (None, "-") else (Path(str(json_file)),))):
         check_writable(path)
+    engine = EngineOptions(**{name: asked.pop(name) for name in ("engine", "device", "precision")})
     units = tuple(unit.strip() for unit in asked.pop("units").split(","))
-    settings = Settings(units=units, options=engine, **asked)
+    settings = Settings(units=units, options=engine, cold=not asked.pop("no_cold"), **asked)
     if engine_name(engine) == "portable":
         say("Core ML is macOS's: this measures the portable engine (PyTorch), and --units says nothing to it")
     report = measure(model, settings, say)
@@ -124,32 +125,19 @@ def run(model: Path, json_file: str | None, charts: tuple[Path, ...], **asked: A
         raise click.ClickException(f"not everything could be measured: {', '.join(failed)}; see above")
 
 
-@bench.command()
-@click.argument("files", type=FILE, nargs=-1, required=True)
-@click.option("--json", "json_file", metavar="FILE", help="Write the ratios there; '-' is stdout.")
-def compare(files: tuple[Path, ...], json_file: str | None) -> None:
-    """Compare measurements: every other FILE against the first.
-
-    Ratios of median times, below 1 is faster, each with an interval that holds with at least 95 % confidence; where it
-    contains 1 no difference was seen. Refuses files of other weights or sizes, and says what else differs.
-
-    \b
-    Example:
-      glassine bench compare before.json after.json
-    """
+def _compare(files: tuple[Path, ...], json_file: str | None) -> None:
     from glassine.commands.figures import show_comparison
-    from glassine.runtime.bench import compare as comparing
+    from glassine.runtime.bench.compare import as_json, compare
     from glassine.runtime.bench.report import Report, write_text
 
     if len(files) < 2:
-        raise click.UsageError("two files or more can be compared")
-    compared = comparing.compare([Report.read(file) for file in files], _names(files))
-    text = comparing.as_json(compared)
+        raise click.UsageError("two files or more can be compared; 'glassine bench MODEL --json FILE' writes them")
+    compared = compare([Report.read(file) for file in files], _names(files))
     if json_file == "-":
-        click.echo(text)
+        click.echo(as_json(compared), nl=False)
         return
     if json_file is not None:
-        write_text(Path(json_file), text)
+        write_text(Path(json_file), as_json(compared))
     show_comparison(compared)
 
 

@@ -162,6 +162,7 @@ def test_quality_and_another_batch(glassine, plan, mac, tiny_folder, tmp_path):
         (("--json", "nothing/a.json"), 1, "nothing/a.json: cannot be written"),
         (("--other-batch", "nothing", "--part", "unet"), 1, "nothing: no glassine.json here"),
         (("--other-batch", "nothing", "--part", "vae_decoder"), 1, "--other-batch: is about the UNet"),
+        (("second",), 2, "one model at a time"),
         (("--quality", "--pictures", 0), 1, "--quality: is about whole pictures"),
         (("--energy",), 1, "powermetrics"),
     ],
@@ -234,7 +235,9 @@ def test_compare_shows_ratios(glassine, tmp_path):
         (("before.json", "broken.json"), 1, "broken.json: cannot be read"),
         (("before.json", "nothing.json"), 1, "nothing.json: cannot be read"),
         (("before.json",), 2, "two files or more"),
-        ((), 2, "Missing argument"),
+        ((), 2, "two files or more"),
+        (("before.json", "after.json", "--runs", 30), 2, "compare takes files and --json, no other options"),
+        (("before.json", "after.json", "--chart", "a.png"), 2, "compare takes files and --json, no other options"),
     ):
         refused = glassine("bench", "compare", *files)
         assert refused.exit_code == code
