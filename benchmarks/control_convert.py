@@ -5,59 +5,31 @@
     python benchmarks/control_convert.py --python PATH  # the `glassine` of another interpreter (one without torch)
 
 "first" also writes the UNet that takes what the net gives, a graph of its own whose weights are a hard link; "further"
-is every net after that. The base's weights are zeros: no byte of them is read or written. Needs 7 GB of free disk.
+is every net after that. Of both, "known" finds its programs in the cache, as from the second folder on. The base's
+weights are zeros: no byte of them is read or written. Needs 7 GB of free disk.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import measure
 
 SEED = 0
-Run = Callable[[], tuple[float, float]]  # wall seconds, peak MB
-
-
-def support(name: str) -> ModuleType:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from importlib import import_module
-
-    return import_module(f"support.{name}")
 
 
 def make(path: Path, dtype: str) -> None:
-    """Write the net: every tensor different, every value finite and exact in fp16, |w| < 2."""
-    import numpy as np
-
-    checkpoints, controls = support("checkpoints"), support("controls")
+    """Write the net."""
+    checkpoints, controls = measure.support("checkpoints"), measure.support("controls")
     shapes = controls.ldm_control(checkpoints, checkpoints.SD15, controls.HINT)
-    size = {"F16": 2, "F32": 4}[dtype]
-    header, offset = {}, 0
-    for key, shape in shapes.items():
-        end = offset + size * math.prod(shape)
-        header[f"control_model.{key}"] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    rng = np.random.default_rng(SEED)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for start in range(0, offset, 1 << 24):
-            count = min(1 << 24, offset - start) // size
-            bits = np.frombuffer(rng.bytes(2 * count), "<u2") & 0xBFFF  # without the highest bit of the exponent
-            halves = bits.view("<f2")
-            file.write((halves if dtype == "F16" else halves.astype("<f4")).tobytes())
+    measure.write_random(path, {f"control_model.{key}": shape for key, shape in shapes.items()}, dtype, SEED)
 
 
 def trace(source: Path, out: Path) -> None:
@@ -103,53 +75,33 @@ def linked(base: Path, place: Path) -> Path:
     return place
 
 
-def question(label: str, source: Path, bases: dict[str, Path], out: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    """Measure one file: seconds and peak memory, the ratio to cp and the seconds beyond it."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def question(label: str, source: Path, bases: dict[str, Path], place: Path, asked: Namespace) -> dict[str, Any]:
+    """Measure one file: seconds and peak memory, the ratio to cp and the seconds beyond one and a half."""
+    out = place / "out"
 
-    def glassine(base: Path) -> tuple[float, float]:
-        folder = linked(base, out / "model")
-        return measure.child([asked.python, "-m", "glassine", "convert", str(source), "--base", str(folder)], **quiet)
+    def glassine(base: Path, cache: Path) -> tuple[float, float]:
+        command = [asked.python, "-m", "glassine", "convert", str(source), "--base", str(linked(base, out / "model"))]
+        return measure.child(command, env={**os.environ, "GLASSINE_CACHE": str(cache)}, **measure.QUIET)
 
-    contenders: dict[str, Run] = {"cp": lambda: measure.child(["cp", str(source), str(out / "copy")])}
+    contenders: dict[str, measure.Run] = {"cp": lambda: measure.child(["cp", str(source), str(out / "copy")])}
     for name, base in bases.items():
-        contenders[name] = lambda base=base: glassine(base)
+        contenders[name] = lambda base=base: glassine(base, out / "cache")
+        contenders[f"{name}_known"] = lambda base=base: glassine(base, place / "cache")
     print(f"{label}: {source.stat().st_size / 1e9:.2f} GB", flush=True)
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for round_ in range(asked.warmup + asked.repeats):
-        for name, run in contenders.items():
-            results[name] += [fresh(name, run, out)][round_ < asked.warmup :]
+    results = measure.rounds(contenders, out, warmup=asked.warmup, repeats=asked.repeats)
     if asked.trace:
         route = [sys.executable, __file__, "--child", "trace", str(source), str(out / "traced.mlpackage")]
-        results["trace"] = [fresh("trace", lambda: measure.child(route, **quiet), out)]
-    walls = {name: [wall for wall, _ in runs] for name, runs in results.items()}
-    summary: dict[str, Any] = {"gigabytes": source.stat().st_size / 1e9}
-    for name, runs in results.items():
-        summary[f"{name}_seconds"] = measure.Sample.of(walls[name], "s")
-        if name != "cp":
-            summary[f"{name}_peak_megabytes"] = measure.Sample.of([peak for _, peak in runs], "MB")
-        if name in bases:
-            summary[f"{name}_ratio_to_cp"] = measure.ratio(walls[name], walls["cp"])
-            beyond = [ours - 1.5 * theirs for ours, theirs in zip(walls[name], walls["cp"], strict=True)]
-            summary[f"{name}_seconds_beyond_one_and_a_half_cp"] = measure.Sample.of(beyond, "s")
+        once: dict[str, measure.Run] = {"trace": lambda: measure.child(route, **measure.QUIET)}
+        results |= measure.rounds(once, out, warmup=0, repeats=1)
+    summary = {"gigabytes": source.stat().st_size / 1e9, **measure.beside_cp(results, 1.5)}
     for key, value in summary.items():
         print(f"  {key}: {value}")
     return {f"{label}_{key}": value for key, value in summary.items()}
 
 
-def fresh(name: str, run: Run, out: Path) -> tuple[float, float]:
-    """Run into an empty place, with no writes pending."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
-    os.sync()
-    wall, peak = run()
-    print(f"  {name:10} {wall:7.2f} s {peak:7.0f} MB", flush=True)
-    return wall, peak
-
-
 def convert_base(python: str, place: Path) -> dict[str, Path]:
     """Convert a UNet of zeros, and a copy of the folder that has a net already."""
-    checkpoints, controls = support("checkpoints"), support("controls")
+    checkpoints, controls = measure.support("checkpoints"), measure.support("controls")
     unet = {f"model.diffusion_model.{key}": shape for key, shape in checkpoints.ldm_unet(checkpoints.SD15).items()}
     source = checkpoints.write_sparse(place / "base.safetensors", unet)
     net = controls.ldm_control(checkpoints, checkpoints.SD15, controls.HINT)
@@ -163,13 +115,8 @@ def convert_base(python: str, place: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser = measure.parser(__doc__, 3)
     parser.add_argument("--trace", action="store_true", help="also the trace-and-convert route, once a file")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter whose glassine is measured")
-    parser.add_argument("--folder", type=Path, help="where the files go while this runs")
-    parser.add_argument("--child", nargs=3, metavar=("WHAT", "IN", "OUT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         what, first, second = asked.child
@@ -181,14 +128,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
         bases = convert_base(asked.python, Path(place))
         result: dict[str, Any] = {"seed": SEED}
-        without = "import importlib.util as u; print(u.find_spec('torch') is None)"
-        done = subprocess.run([asked.python, "-c", without], check=True, capture_output=True, text=True)
-        result["without_torch"] = done.stdout.strip() == "True"
+        result["without_torch"] = measure.without_torch(asked.python)
         for label, dtype in (("fp16", "F16"), ("fp32", "F32")):
             source = Path(place) / f"control_{label}.safetensors"
             # A child makes the file: memory that this process ever held would count as its children's.
             subprocess.run([sys.executable, __file__, "--child", "make", dtype, str(source)], check=True)
-            result |= question(label, source, bases, Path(place) / "out", asked)
+            result |= question(label, source, bases, Path(place), asked)
             source.unlink()
     measure.record("control_convert", result)
 

@@ -5,55 +5,33 @@
     python benchmarks/convert.py --family sdxl --only whole    # 3.5 G parameters, 6.9 GB; also sd2 and sdxl_refiner
     python benchmarks/convert.py --python PATH       # measure the `glassine` of another interpreter (one without torch)
 
-Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the disk is left alone until
-all earlier writes have reached it; writing itself goes through the page cache on both sides, as neither cp nor glassine
-waits for the disk.
+"glassine" writes its programs, as the first conversion of an architecture does; "known" finds them in the cache, as
+every later one does. Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the
+disk is left alone until all earlier writes have reached it; writing itself goes through the page cache on both sides,
+as neither cp nor glassine waits for the disk.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import measure
 
 SEED = 0
-Run = Callable[[], tuple[float, float]]  # wall seconds, peak MB
 
 
 def make(path: Path, family: str, whole: bool) -> None:
-    """Write the checkpoint: every tensor different, every value finite, |w| < 2."""
-    import json
-    import math
-    import struct
-
-    import numpy as np
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from support import checkpoints
-
+    """Write the checkpoint."""
+    checkpoints = measure.support("checkpoints")
     sizes = checkpoints.FULL_SIZE[family]
     unet = {f"model.diffusion_model.{key}": shape for key, shape in checkpoints.ldm_unet(sizes).items()}
-    shapes = checkpoints.ldm_checkpoint(sizes) if whole else unet
-    header, offset = {}, 0
-    for key, shape in shapes.items():
-        size = 2 * math.prod(shape)
-        header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    rng = np.random.default_rng(SEED)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for start in range(0, offset, 1 << 24):
-            bits = np.frombuffer(rng.bytes(min(1 << 24, offset - start)), "<u2")
-            file.write((bits & 0xBFFF).tobytes())  # without the highest bit of the exponent
+    measure.write_random(path, checkpoints.ldm_checkpoint(sizes) if whole else unet, seed=SEED)
 
 
 def trace(source: Path, out: Path) -> None:
@@ -91,60 +69,38 @@ def trace(source: Path, out: Path) -> None:
     model.save(str(out))
 
 
-def rounds(contenders: dict[str, Run], out: Path, *, warmup: int, repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Run the contenders in turn, each into an empty place and with no writes pending."""
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for round_ in range(warmup + repeats):
-        for name, run in contenders.items():
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir()
-            os.sync()
-            wall, peak = run()
-            print(f"  {name:10} {wall:7.2f} s {peak:7.0f} MB", flush=True)
-            if round_ >= warmup:
-                results[name].append((wall, peak))
-    return results
-
-
-def question(label: str, source: Path, out: Path, asked: argparse.Namespace, *part: str) -> dict[str, Any]:
+def question(label: str, source: Path, place: Path, asked: Namespace, *part: str) -> dict[str, Any]:
     """Measure one source: seconds, peak memory, the ratio to cp and the seconds beyond it."""
+    out = place / "out"
     command = [asked.python, "-m", "glassine", "convert", str(source), str(out / "model"), *part]
     command += ["--attention", asked.attention]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    contenders: dict[str, Run] = {
+
+    def glassine(cache: Path) -> tuple[float, float]:
+        return measure.child(command, env={**os.environ, "GLASSINE_CACHE": str(cache)}, **measure.QUIET)
+
+    contenders: dict[str, measure.Run] = {
         "cp": lambda: measure.child(["cp", str(source), str(out / "copy")]),
-        "glassine": lambda: measure.child(command, **quiet),
+        "glassine": lambda: glassine(out / "cache"),
+        "known": lambda: glassine(place / "cache"),
     }
     print(f"{label}: {source.stat().st_size / 1e9:.2f} GB")
-    results = rounds(contenders, out, warmup=asked.warmup, repeats=asked.repeats)
+    results = measure.rounds(contenders, out, warmup=asked.warmup, repeats=asked.repeats)
     if asked.trace and asked.family == "sd15" and "--part" in part:
         route = [sys.executable, __file__, "--child", "trace", str(source), str(out / "traced.mlpackage")]
-        results |= rounds({"trace": lambda: measure.child(route, **quiet)}, out, warmup=0, repeats=1)
-    walls = {name: [wall for wall, _ in runs] for name, runs in results.items()}
-    summary: dict[str, Any] = {"gigabytes": source.stat().st_size / 1e9}
-    for name, runs in results.items():
-        summary[f"{name}_seconds"] = measure.Sample.of(walls[name], "s")
-        if name != "cp":
-            summary[f"{name}_peak_megabytes"] = measure.Sample.of([peak for _, peak in runs], "MB")
-    summary["ratio_to_cp"] = measure.ratio(walls["glassine"], walls["cp"])
-    beyond = [ours - theirs for ours, theirs in zip(walls["glassine"], walls["cp"], strict=True)]
-    summary["seconds_beyond_cp"] = measure.Sample.of(beyond, "s")
+        once: dict[str, measure.Run] = {"trace": lambda: measure.child(route, **measure.QUIET)}
+        results |= measure.rounds(once, out, warmup=0, repeats=1)
+    summary = {"gigabytes": source.stat().st_size / 1e9, **measure.beside_cp(results)}
     for key, value in summary.items():
         print(f"  {key}: {value}")
     return {f"{label}_{key}": value for key, value in summary.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
+    parser = measure.parser(__doc__, 3)
     parser.add_argument("--family", default="sd15", choices=["sd15", "sd2", "sdxl", "sdxl_refiner"])
     parser.add_argument("--only", choices=["unet", "whole"], help="one of the two questions")
     parser.add_argument("--trace", action="store_true", help="also the trace-and-convert route of SD 1.5, once")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter whose glassine is measured")
     parser.add_argument("--attention", default="split")
-    parser.add_argument("--folder", type=Path, help="where the files go while this runs")
-    parser.add_argument("--child", nargs=3, metavar=("WHAT", "IN", "OUT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         what, first, second = asked.child
@@ -154,11 +110,8 @@ def main() -> None:
             make(Path(second), asked.family, first == "whole")
         return
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
-        out = Path(place) / "out"
         result: dict[str, Any] = {"seed": SEED, "attention": asked.attention, "family": asked.family}
-        without = "import importlib.util as u; print(u.find_spec('torch') is None)"
-        done = subprocess.run([asked.python, "-c", without], check=True, capture_output=True, text=True)
-        result["without_torch"] = done.stdout.strip() == "True"
+        result["without_torch"] = measure.without_torch(asked.python)
         for label, part in (("unet", ("--part", "unet")), ("whole", ())):
             if asked.only not in {None, label}:
                 continue
@@ -166,7 +119,7 @@ def main() -> None:
             # A child makes the file: memory that this process ever held would count as its children's.
             make_it = [sys.executable, __file__, "--family", asked.family, "--child", "make", label, str(source)]
             subprocess.run(make_it, check=True)
-            result |= question(label, source, out, asked, *part)
+            result |= question(label, source, Path(place), asked, *part)
             source.unlink()
     measure.record("convert" if asked.family == "sd15" else f"convert_{asked.family}", result)
 

@@ -9,7 +9,6 @@ change writes them whole, and that is the disk's share. On APFS, Btrfs and XFS t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import subprocess
@@ -33,9 +32,6 @@ def make_lora(path: Path, folder: Path) -> int:
 
     from glassine.convert.index import read_indices
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from support import checkpoints
-
     rng, tensors = np.random.default_rng(0), {}
     prefixes = {"unet": ("lora_unet_", ATTENTION), "text_encoder": ("lora_te_", TEXT)}
     for index in read_indices(folder):
@@ -48,26 +44,23 @@ def make_lora(path: Path, folder: Path) -> int:
                 tensors[f"{name}.lora_down.weight"] = rng.standard_normal((RANK, wide)) / wide**0.5
                 tensors[f"{name}.lora_up.weight"] = 0.01 * rng.standard_normal((out, RANK))
                 tensors[f"{name}.alpha"] = np.float32(RANK / 2)
-    checkpoints.write_safetensors(path, {key: np.asarray(value, np.float32) for key, value in tensors.items()})
+    measure.support("checkpoints").write_safetensors(
+        path, {key: np.asarray(value, np.float32) for key, value in tensors.items()}
+    )
     return len(tensors) // 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--python", default=sys.executable, help="the interpreter whose glassine is measured")
-    parser.add_argument("--folder", type=Path, help="where the files go while this runs")
-    parser.add_argument("--child", nargs=2, metavar=("IN", "OUT"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    asked = measure.parser(__doc__, 2).parse_args()
     if asked.child:
         print(make_lora(Path(asked.child[1]), Path(asked.child[0])))
         return
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with tempfile.TemporaryDirectory(dir=asked.folder) as place:
         source, model, lora = Path(place) / "base.safetensors", Path(place) / "model", Path(place) / "style.safetensors"
         subprocess.run([sys.executable, str(CONVERSION), "--child", "make", "whole", str(source)], check=True)
-        subprocess.run([asked.python, "-m", "glassine", "convert", str(source), str(model)], check=True, **quiet)
+        subprocess.run(
+            [asked.python, "-m", "glassine", "convert", str(source), str(model)], check=True, **measure.QUIET
+        )
         source.unlink()
         made = [sys.executable, __file__, "--child", str(model), str(lora)]
         modules = int(subprocess.run(made, check=True, capture_output=True, text=True).stdout)
@@ -83,10 +76,10 @@ def main() -> None:
                 "change": [*base, "add", f"{lora}={next(strengths)}"],
                 "remove": [*base, "remove", "style"],
             }
-            subprocess.run([*base, "add", f"{lora}={next(strengths)}"], check=True, **quiet)
+            subprocess.run([*base, "add", f"{lora}={next(strengths)}"], check=True, **measure.QUIET)
             for name, command in steps.items():
                 os.sync()
-                wall, peak = measure.child(command, **quiet)
+                wall, peak = measure.child(command, **measure.QUIET)
                 print(f"  {name:10} {wall:7.2f} s {peak:7.0f} MB", flush=True)
                 if round_ >= asked.warmup:
                     samples[name].append((wall, peak))
@@ -94,11 +87,7 @@ def main() -> None:
                 Path(copy).unlink()
         result: dict[str, Any] = {"modules": modules, "rank": RANK}
         result["changed_gigabytes"] = sum(path.stat().st_size for path in changed) / 1e9
-    for name, runs in samples.items():
-        result[f"{name}_seconds"] = measure.Sample.of([wall for wall, _ in runs], "s")
-        result[f"{name}_peak_megabytes"] = measure.Sample.of([peak for _, peak in runs], "MB")
-    beyond = [ours[0] - theirs[0] for ours, theirs in zip(samples["change"], samples["cp"], strict=True)]
-    result["change_seconds_beyond_cp"] = measure.Sample.of(beyond, "s")
+    result |= measure.beside_cp(samples)
     for key, value in result.items():
         print(f"  {key}: {value}")
     measure.record("lora", result)

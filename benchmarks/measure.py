@@ -1,22 +1,31 @@
-"""What every benchmark shares: samples with their spread, the machine, peak memory of a child, result files."""
+"""What every benchmark shares: samples with their spread, the machine, peak memory of a child, result files; and for
+those that measure a command beside `cp`: its options, files of random weights, rounds into an empty place."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
+import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+Run = Callable[[], tuple[float, float]]  # wall seconds, peak MB
 LIBRARIES = ("numpy", "coremltools", "torch", "diffusers", "transformers", "safetensors", "pillow")
 
 
@@ -72,6 +81,84 @@ def child(command: Sequence[str], **popen: Any) -> tuple[float, float]:
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
     return time.perf_counter() - start, _megabytes(usage)
+
+
+def parser(doc: str | None, children: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that measures `glassine` itself; `children`: words after its own hidden --child."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--warmup", type=int, default=1)
+    made.add_argument("--python", default=sys.executable, help="the interpreter whose glassine is measured")
+    made.add_argument("--folder", type=Path, help="where the files go while this runs")
+    made.add_argument("--child", nargs=children, help=argparse.SUPPRESS)
+    return made
+
+
+def rounds(
+    contenders: Mapping[str, Run], out: Path, *, warmup: int, repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Run the contenders in turn, each into an empty folder `out` and with no writes pending."""
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for round_ in range(warmup + repeats):
+        for name, run in contenders.items():
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            os.sync()
+            wall, peak = run()
+            print(f"  {name:10} {wall:7.2f} s {peak:7.0f} MB", flush=True)
+            if round_ >= warmup:
+                results[name].append((wall, peak))
+    return results
+
+
+def beside_cp(results: Mapping[str, Sequence[tuple[float, float]]], share: float = 1.0) -> dict[str, Sample]:
+    """Seconds and peak memory of every contender; of those that ran as often as cp the seconds beyond `share` x cp."""
+    walls = {name: [wall for wall, _ in runs] for name, runs in results.items()}
+    found = {}
+    for name, runs in results.items():
+        found[f"{name}_seconds"] = Sample.of(walls[name], "s")
+        if name == "cp":
+            continue
+        found[f"{name}_peak_megabytes"] = Sample.of([peak for _, peak in runs], "MB")
+        if len(runs) == len(results["cp"]):
+            beyond = [ours - share * theirs for ours, theirs in zip(walls[name], walls["cp"], strict=True)]
+            found[f"{name}_ratio_to_cp"] = ratio(walls[name], walls["cp"])
+            found[f"{name}_seconds_beyond{'' if share == 1.0 else f'_{share:g}x'}_cp"] = Sample.of(beyond, "s")
+    return found
+
+
+def without_torch(python: str) -> bool:
+    """Whether an interpreter has no PyTorch."""
+    code = "import importlib.util as u; print(u.find_spec('torch') is None)"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "True"
+
+
+def support(name: str) -> ModuleType:
+    """Import tests/support/<name>.py."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    return importlib.import_module(f"support.{name}")
+
+
+def write_random(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "F16", seed: int = 0) -> None:
+    """Write a file of weights: every tensor different, every value finite and exact in fp16, |w| < 2."""
+    import numpy as np
+
+    size = {"F16": 2, "F32": 4}[dtype]
+    header, offset = {}, 0
+    for key, shape in shapes.items():
+        end = offset + size * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(seed)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for start in range(0, offset, 1 << 24):
+            count = min(1 << 24, offset - start) // size
+            halves = (np.frombuffer(rng.bytes(2 * count), "<u2") & 0xBFFF).view(
+                "<f2"
+            )  # without the highest exponent bit
+            file.write((halves if dtype == "F16" else halves.astype("<f4")).tobytes())
 
 
 def _megabytes(usage: resource.struct_rusage) -> float:
