@@ -52,7 +52,7 @@ def root() -> Path:
 
 
 def key_of(write: Callable[..., object], plan: Plan, *further: object) -> str | None:
-    """Return what is kept under this key, or could be; None where what decides the program is no plain data.
+    """Return the key of a program; None where what decides it is not all plain data.
 
     Args:
         write: a function of this package, or a `partial` of one.
