@@ -91,19 +91,23 @@ def clear(stale: bool, as_json: bool) -> None:
             removed[key] = size
     if not stale:
         store.forget_digests()
-        _clear_programs()
+    programs = 0 if stale else _clear_programs()
     size = sum(removed.values())
     text = f"{store.root}: removed {len(removed)} compiled models, {size / 1e9:.2f} GB"
-    give({"folder": str(store.root), "removed": removed, "bytes": size, "busy": busy}, text, as_json)
+    text += f", and programs of {programs} networks" if programs else ""
+    found = {"folder": str(store.root), "removed": removed, "bytes": size, "busy": busy, "programs": programs}
+    give(found, text, as_json)
 
 
-def _clear_programs() -> None:
+def _clear_programs() -> int:
     from glassine.convert import graphs
 
     try:
+        count, _ = graphs.kept()
         graphs.clear()
     except OSError as error:
         raise PackageError(f"{graphs.root()}: cannot be removed ({error})") from error
+    return count
 
 
 @cache.command()
