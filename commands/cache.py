@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glassine.commands.options import FOLDER, as_json, give, say
+from glassine.commands.options import FOLDER, UNITS, as_json, give, say
 from glassine.errors import EngineError, PackageError
 
 if TYPE_CHECKING:
-    from glassine.manifest import Manifest
+    from glassine.runtime.engine import EngineOptions
     from glassine.runtime.engine.cache import Cache, Entry
+    from glassine.runtime.foreign import Model
 
 
 @click.group()
@@ -112,8 +113,8 @@ def _clear_programs() -> int:
 
 @cache.command()
 @click.argument("model", type=FOLDER)
-@click.option("--units", type=click.Choice(["all", "cpu_and_ne", "cpu_and_gpu", "cpu_only"]), default="all",
-              show_default=True, help="Core ML compute units to try first.")  # fmt: skip
+@click.option("--units", type=click.Choice(UNITS),
+              help="Core ML compute units to try first.  [default: as 'glassine tune' found, or all]")  # fmt: skip
 @click.option("--retry", is_flag=True, help="Try again what failed before.")
 @click.option("--timeout", type=click.FloatRange(min=1), default=900.0, show_default=True, metavar="SECONDS",
               help="What one choice of units may take for one package.")  # fmt: skip
@@ -135,13 +136,13 @@ def warm(model: Path, units: Any, retry: bool, timeout: float, as_json: bool) ->
     found = read_model(model)
     options = EngineOptions(engine="coreml", compute_units=units, load_timeout=timeout, tell=say)
     results = []
-    for file, function in _packages(found.manifest):
+    for path, function, how in _packages(found, options):
         started = time.perf_counter()
-        ready = warm_package(found.folder / file, options, function, retry=retry)
+        ready = warm_package(path, how, function, retry=retry)
         for notice in ready.notices:
             say(f"note: {notice}")
         seconds = round(time.perf_counter() - started, 3)
-        results.append({"package": file, "function": function, "units": ready.units, "seconds": seconds})
+        results.append({"package": path.name, "function": function, "units": ready.units, "seconds": seconds})
     lines = [
         f"{one['package']}{'' if one['function'] is None else ' ' + str(one['function'])}: {one['units']}, "
         f"{one['seconds']:.1f} s"
@@ -150,17 +151,25 @@ def warm(model: Path, units: Any, retry: bool, timeout: float, as_json: bool) ->
     give({"model": str(model), "packages": results}, "\n".join(lines), as_json)
 
 
-def _packages(manifest: Manifest) -> Iterator[tuple[str, str | None]]:
-    """Every package of a model with every function of it that a part uses, once."""
+def _packages(found: Model, options: EngineOptions) -> Iterator[tuple[Path, str | None, EngineOptions]]:
+    """Every package that pictures are drawn with, once for each function that is used, and how it is run."""
+    from glassine.runtime.bench.model import parts_of
+    from glassine.runtime.tuned import PREFIX, Choices, files_of
+
     seen = set()
-    for part in manifest.parts.values():
-        for file in part.about.get("chunks", (part.file,)):
-            if Path(file).name != file:  # a manifest is untrusted
-                raise PackageError(f"{file!r} is not a plain file name; convert the model again")
-            one = (file, part.about.get("function"))
-            if one not in seen:
-                seen.add(one)
-                yield one
+    for size in found.manifest.sizes:
+        choices = Choices(found.folder, found.manifest, size, options)
+        for notice in choices.notices:
+            say(f"note: {notice}")
+        for role, part in parts_of(found.manifest, size).items():
+            if role.startswith(PREFIX):  # another form of a part, which plays it or is not used
+                continue
+            chosen = choices.of(role, part)
+            function = chosen.part.about.get("function")
+            for path in files_of(found.folder, chosen.part):
+                if (path, function) not in seen:
+                    seen.add((path, function))
+                    yield path, function, chosen.options
 
 
 def _cache() -> Cache:

@@ -7,8 +7,10 @@ from types import ModuleType
 
 import pytest
 
+from glassine.manifest import Manifest
 from glassine.runtime.engine import cache as module
 from glassine.runtime.engine import trial
+from glassine.runtime.tuned import Choice, Tuning, place_of, programs_of, write
 
 LIGHT = Path(__file__).parents[1] / "support" / "light_trial.py"
 
@@ -88,3 +90,19 @@ def test_warm_needs_core_ml(glassine, faults, tiny_folder, monkeypatch):
     result = glassine("cache", "warm", tiny_folder)
     assert result.exit_code == 1
     assert "Core ML runs on macOS only" in result.stderr
+
+
+def test_warm_warms_what_was_tuned(glassine, faults, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLASSINE_CONFIG", str(tmp_path / "config"))
+    manifest = Manifest.read(tiny_folder)
+    programs = programs_of(tiny_folder, manifest.parts["unet"])
+    choice = Choice(role="unet", units="cpu_and_gpu", device=None, programs=programs, why="")
+    place = place_of(tiny_folder, manifest, (64, 64), "coreml")
+    write(place, Tuning(model="tiny", size=(64, 64), machine="", date="", choices={"unet": choice}))
+    warmed = json.loads(glassine("cache", "warm", tiny_folder, "--json").stdout)
+    assert {one["package"]: one["units"] for one in warmed["packages"]} == {
+        "TextEncoder.mlpackage": "all", "Unet.mlpackage": "cpu_and_gpu",
+        "VAEDecoder.mlpackage": "all", "VAEEncoder.mlpackage": "all",
+    }  # fmt: skip
+    said = json.loads(glassine("cache", "warm", tiny_folder, "--units", "cpu_only", "--json").stdout)
+    assert {one["units"] for one in said["packages"]} == {"cpu_only"}

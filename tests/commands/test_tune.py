@@ -220,3 +220,40 @@ def test_two_at_once(tune, folder, glassine):
     os.close(lock)
     assert result.exit_code == 1
     assert "another 'glassine tune' is at it" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["killed", "hangs", "nan", "wrong"])
+def test_on_the_stand_in_for_core_ml(glassine, folder, monkeypatch, fault):
+    """The packages themselves run, through coremltools; a unit's delays and faults are planted in its bridge."""
+    planted = {
+        "delays": {
+            "CPU_AND_NE VAEDecoder": 0.0,
+            "CPU_AND_NE": 0.4,
+            "CPU_AND_GPU Unet_split_1": 0.0,  # two calls a step
+            "CPU_AND_GPU": 0.6,
+            "ALL": 0.5,
+            "CPU_ONLY": 0.7,
+        },
+        "faults": {"predict ALL": fault},
+    }
+    monkeypatch.setattr(tuning, "_PATIENCE", 15.0)
+    monkeypatch.setattr(tuning, "_RUNS", 5)
+    child = Path(CHILD).with_name("core_ml_child.py")
+    monkeypatch.setattr(timing, "CHILD", (sys.executable, str(child), json.dumps(planted)))
+    options = ("--part", "unet", "--part", "vae_decoder", *(("--budget", "40s") if fault == "hangs" else ()))
+    result = glassine("tune", folder, "--engine", "coreml", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["tried"]
+    chosen = {row["part"]: (row["form"], row["units"]) for row in rows if row["chosen"]}
+    assert chosen["vae_decoder"] == ("", "cpu_and_ne"), rows
+    if fault != "hangs":  # else the time may be up before
+        assert chosen["unet"] == ("split, batch 1", "cpu_and_gpu"), rows
+        assert {"TunedUnet": "cpu_and_gpu", "VAEDecoder": "cpu_and_ne"}.items() <= opened(folder, monkeypatch).items()
+    failed = [row["verdict"] for row in rows if row["units"] == "all" and "not tried" not in row["verdict"]]
+    said = {"killed": "SIGKILL", "hangs": "hung", "nan": "NaN", "wrong": "dB from the reference"}[fault]
+    assert failed
+    assert all(said in verdict for verdict in failed)
+    # In fp32 on the same arithmetic the right ones equal the reference, but for the order of sums in other forms.
+    right = [row for row in rows if row["step_seconds"] is not None and row["units"] != "all"]
+    assert all(row["equal"] or row["psnr_db"] > 80 for row in right)  # measured 100 to 130

@@ -40,7 +40,7 @@ from glassine.runtime.engine.portable.program import Feature, read_package
 MACOS_VERSION = (15, 5)
 _MODULE = "coremltools.libcoremlpython"
 
-Fault = Literal["killed", "hangs", "refused", "nan", "full"]
+Fault = Literal["killed", "hangs", "refused", "nan", "full", "wrong"]
 
 
 class _MLModelStateProxy:
@@ -75,6 +75,7 @@ class _MLModelProxy:
     precision: Precision = "fp32"
     device = "cpu"
     faults: Mapping[str, Fault] = {}
+    delays: Mapping[str, float] = {}  # "CPU_AND_NE Unet" or "CPU_AND_NE" -> seconds that a prediction takes longer
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class _MLModelProxy:
         started = time.perf_counter_ns()
         fault = self.faults.get(f"predict {self._units}")
         _suffer(fault)
+        time.sleep(self.delays.get(f"{self._units} {self._path.stem}", self.delays.get(self._units, 0.0)))
         arrays = {feature.name: self._input(feature, data) for feature in self._function.inputs}
         states = {feature.name: state.values[feature.name] for feature in self._function.states} if state else {}
         if self._function.states and not states:
@@ -117,7 +119,9 @@ class _MLModelProxy:
             raise RuntimeError(f"Unable to compute the prediction using ML Program: {error}") from error
         self._predict_nanoseconds = time.perf_counter_ns() - started
         outputs = {feature.name: _output(results[feature.name]) for feature in self._function.outputs}
-        return {name: np.full_like(array, np.nan) for name, array in outputs.items()} if fault == "nan" else outputs
+        if fault in ("nan", "wrong"):  # a wrong result is one that a check for NaN lets pass
+            return {name: array[::-1] * (np.nan if fault == "nan" else -0.5) for name, array in outputs.items()}
+        return outputs
 
     def batchPredict(self, batch: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Predict one by one."""

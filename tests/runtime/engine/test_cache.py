@@ -4,12 +4,14 @@ with one test through the portable stand-in. Faults are what Core ML has been se
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -123,6 +125,34 @@ def test_a_package_is_compiled_once_and_then_only_looked_up(ready, unet, tmp_pat
     assert ready(unet) == first
     assert not (tmp_path / "cache" / "locks").exists()
     assert left_over(tmp_path / "cache") == []
+
+
+def test_nobody_waits_for_what_was_given_up(ready, unet, tmp_path):
+    done = threading.Event()
+    said: list[str] = []
+
+    def tell(words: str) -> None:
+        said.append(words)
+        if "loading" in words:
+            done.set()
+
+    with pytest.raises(EngineError, match=r"Unet.mlpackage: given up while loading on cpu_and_ne"):
+        ready(unet, {"load CPU_AND_NE": "hangs"}, tell=tell, given_up=done.is_set)
+    assert left_over(tmp_path / "cache") == []
+    assert ready(unet).units == "cpu_and_ne"  # nothing is remembered of it
+
+
+def test_nor_for_what_another_process_compiles(ready, unet, tmp_path):
+    ready(unet)
+    (key,) = Cache(tmp_path / "cache").entries()
+    lock = os.open(tmp_path / "cache" / "locks" / key, os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    said: list[str] = []
+    with pytest.raises(EngineError, match="given up while another process compiled it"):
+        ready(unet, units="cpu_and_gpu", tell=said.append, given_up=lambda: bool(said))
+    assert said == ["Unet.mlpackage: waiting for another process"]
+    os.close(lock)
+    assert ready(unet, units="cpu_and_gpu").units == "cpu_and_gpu"
 
 
 def test_content_is_the_key(ready, unet, tmp_path):
