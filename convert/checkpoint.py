@@ -289,6 +289,12 @@ def _check_spans(path: Path, tensors: list[Tensor], data: int, size: int) -> Non
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Checkpoint:
+    if (folder / "model_index.json").is_file() and (folder / "transformer").is_dir():
+        pipeline = read_json(folder / "model_index.json").get("_class_name")
+        raise CheckpointError(
+            f"{folder}: model_index.json says {pipeline}: a diffusion transformer (transformer/), expected Stable "
+            "Diffusion 1, 2 or XL, which have a unet/"
+        )
     parts = {part: folder / part for part in COMPONENTS if (folder / part).is_dir()}
     if not parts and (folder / "config.json").is_file():
         parts = {_component(folder): folder}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-_PER_CLUSTER = {16: 6, 64: 6, 256: 4}  # cells of the coarse histogram; the error stays within 0.8 % of the optimum
+_PER_CLUSTER = {16: 6, 64: 4, 256: 4}  # cells of the coarse histogram; the error stays within 0.8 % of the optimum
 _ROUNDS = 200
 _AT_ONCE = 512  # values of which all intervals are tried at once, for every number of clusters
 

@@ -28,7 +28,7 @@ Item = Literal["indices", "table", "values", "scales"]
 MAIN_ITEMS = ("indices", "values")  # of which there is one an element
 
 SMALLEST = 2048  # elements; smaller weights stay as they are
-EXACT = {4: 16384, 6: 4096, 8: 2048}  # bits -> elements up to which the one table of a weight is the best there is
+EXACT = {4: 16384, 6: 4096, 8: 8192}  # bits -> elements up to which the one table of a weight is the best there is
 _PIECE = 1 << 18  # elements at a time, so that what is made of them stays in the processor's cache
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from glassine.convert.checkpoint import Checkpoint
 from glassine.convert.weights import WeightSource
-from glassine.errors import ConversionError
+from glassine.errors import CheckpointError, ConversionError
 from glassine.manifest import Scheduler
 from glassine.models.config import Family, Prediction
 
@@ -76,6 +76,7 @@ def read_training(
         prediction_type, distilled: override what the file says.
 
     Raises:
+        CheckpointError: it was trained on another kind of schedule.
         ConversionError: the file says something that is not known.
     """
     scheduler, schedule_reason = _scheduler(checkpoint)
@@ -96,6 +97,12 @@ def read_training(
 
 def _scheduler(checkpoint: Checkpoint) -> tuple[Scheduler, str]:
     config = checkpoint.configs.get("scheduler", {})
+    kind = str(config.get("_class_name", ""))
+    if kind.startswith(("EDM", "FlowMatch")):
+        raise CheckpointError(
+            f"{checkpoint.path}: scheduler_config.json says {kind}: a model of another noise schedule (EDM: Playground "
+            "2.5, CosXL; flow matching), and Glassine draws on Stable Diffusion's own alone"
+        )
     known = {
         ours: config[theirs]
         for ours, theirs in (

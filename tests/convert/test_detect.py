@@ -196,15 +196,38 @@ def test_micro_conditioning_of_neither_width_is_refused(checkpoints, tmp_path):
 
 
 OTHER_FILES = {
-    "a LoRA": ["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "unet.x.to_q.lora_A.weight"],
+    "a LoRA": [
+        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        "unet.x.to_q.lora_A.weight",
+        "base_model.model.x.to_q.oft_R.weight",
+    ],
     "a ControlNet": ["control_model.input_blocks.0.0.weight", "controlnet_cond_embedding.conv_in.weight"],
+    "Chroma": ["model.diffusion_model.distilled_guidance_layer.in_proj.weight"],
+    "Hunyuan Video": ["txt_in.individual_token_refiner.blocks.0.norm1.weight"],
+    "Flux 2": ["double_stream_modulation_img.lin.weight"],
+    "HiDream": ["double_stream_blocks.0.block.attn1.to_q.weight"],
+    "AuraFlow (Pony 7)": ["model.diffusion_model.double_layers.0.attn.w2q.weight", "joint_transformer_blocks.0.x"],
+    "Qwen Image": ["transformer_blocks.0.img_mod.1.weight"],
+    "LTX Video": ["patchify_proj.weight"],
+    "Sana": ["transformer_blocks.0.ff.conv_inverted.weight"],
+    "Hunyuan DiT": ["mlp_t5.0.weight", "text_embedding_padding"],
+    "Lumina 2 or Z-Image": ["noise_refiner.0.attention.qkv.weight"],
+    "Wan": ["blocks.0.cross_attn.norm_k.weight"],
+    "PixArt": ["adaln_single.linear.weight", "t_block.1.weight"],
+    "DeepFloyd IF or Kandinsky 2": ["down_blocks.1.attentions.0.add_k_proj.weight"],
+    "Kolors": ["encoder_hid_proj.weight", "text_encoder.encoder.layers.0.self_attention.query_key_value.weight"],
+    "a diffusion transformer": ["transformer_blocks.0.attn1.to_q.weight", "model.diffusion_model.blocks.0.q.weight"],
+    "a T5 text encoder": ["encoder.block.0.layer.0.SelfAttention.q.weight", "shared.weight"],
     "an IP-Adapter": ["ip_adapter.1.to_k_ip.weight"],
     "a T2I-Adapter": ["adapter.body.0.resnets.0.block1.weight"],
     "a textual-inversion embedding": ["emb_params", "clip_g"],
     "an AnimateDiff motion module": ["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"],
     "an image upscaler": ["conv_first.weight"],
-    "Stable Diffusion 3": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
-    "Flux": ["double_blocks.0.img_attn.qkv.weight"],
+    "Stable Diffusion 3": [
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "transformer_blocks.0.attn.add_k_proj.weight",
+    ],
+    "Flux": ["double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.attn.to_q.weight"],
     "Stable Video Diffusion": ["conditioner.embedders.0.open_clip.model.ln_final.weight"],
     "Stable Cascade": ["model.clip_txt_pooled_mapper.weight"],
     "Stable Diffusion 2 unCLIP": ["noise_augmentor.time_embed.weight", "embedder.model.visual.proj"],
@@ -219,6 +242,20 @@ def test_other_files_are_named(tmp_path, what, key):
         detect(checkpoint(tmp_path, {key: (4, 4), "other": (4, 4)}))
     assert f"this is {what} (" in str(caught.value)
     assert f'(key "{key}"), expected a Stable Diffusion checkpoint' in str(caught.value)
+
+
+def test_folders_of_other_families_are_named(checkpoints, tmp_path):
+    folder = tmp_path / "flux"
+    (folder / "transformer").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(CheckpointError, match=r"says FluxPipeline: a diffusion transformer \(transformer/\)"):
+        open_checkpoint(folder)
+    playground = checkpoints.write_diffusers(tmp_path / "playground")
+    config = playground / "scheduler" / "scheduler_config.json"
+    config.parent.mkdir(exist_ok=True)
+    config.write_text('{"_class_name": "EDMDPMSolverMultistepScheduler"}')
+    with pytest.raises(CheckpointError, match=r"EDMDPMSolverMultistepScheduler: a model of another noise schedule"):
+        detect(open_checkpoint(playground))
 
 
 P = "model.diffusion_model."

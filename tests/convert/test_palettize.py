@@ -19,6 +19,7 @@ from coremltools.optimize.coreml import (
 )
 
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
+from glassine.convert.index import read_indices
 from glassine.convert.package import write_package
 from glassine.convert.palettize import Form, Palette, encode, pack
 from glassine.convert.program import Encoded, Requests, lower
@@ -287,15 +288,22 @@ def test_a_folder_says_what_was_lost(folders):
     assert "palette" not in Manifest.read(folders / "plain").parts["unet"].about
 
 
-def test_it_is_smaller_shared_and_has_no_index(folders):
+def test_it_is_smaller_shared_and_its_index_has_its_forms(folders):
     blobs = {
         name: folders / name / "Unet.mlpackage/Data/com.apple.CoreML/weights/weight.bin" for name in ("plain", "small")
     }
     assert blobs["small"].stat().st_size < 0.6 * blobs["plain"].stat().st_size  # small weights stay as they are
     other = folders / "small/Unet_64x128.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     assert other.stat().st_ino == blobs["small"].stat().st_ino
-    assert (folders / "plain/Unet.weights.json").is_file()
-    assert not (folders / "small/Unet.weights.json").exists()
+    (plain,), (small, _) = (read_indices(folders / name) for name in ("plain", "small"))
+    kept, packed = {place.name for place in small.places}, {weight.name: weight for weight in small.packed}
+    assert kept | packed.keys() == {place.name for place in plain.places}
+    assert not kept & packed.keys()
+    assert plain.packed == ()
+    for place in plain.places:
+        if place.name in packed:
+            assert (packed[place.name].shape, packed[place.name].scale) == (place.shape, place.scale)
+            assert str(packed[place.name].form) == "4"
 
 
 def test_the_small_network_answers_nearly_the_same(folders):
