@@ -38,7 +38,7 @@ def cache() -> None:
 @cache.command("list")
 @as_json
 def list_entries(as_json: bool) -> None:
-    """List compiled models, the one used last first, and count kept programs.
+    """List compiled models, last used first, and kept programs.
 
     \b
     Example:

@@ -3,13 +3,14 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
 
 import glassine as package
 from glassine.cli import main
-from glassine.commands.options import RULES, SAMPLERS, SPACINGS
+from glassine.commands.options import RULES, SAMPLERS, SPACINGS, UNITS
 
 ROOT = Path(package.__file__).parent
 VERBS = {
@@ -41,12 +42,14 @@ def test_the_summary_fits_on_its_line(verb):
 
 def test_names_on_the_command_line_are_the_registries():
     from glassine.runtime.change_map import RULES as RULE_NAMES
+    from glassine.runtime.engine.contract import ComputeUnits
     from glassine.runtime.samplers import SAMPLERS as SAMPLER_TABLE
     from glassine.runtime.schedule import SPACINGS as SPACING_TABLE
 
     assert set(SAMPLERS) == set(SAMPLER_TABLE)
     assert set(SPACINGS) == set(SPACING_TABLE)
     assert set(RULES) == set(RULE_NAMES)
+    assert get_args(ComputeUnits) == UNITS
 
 
 def test_examples_in_the_documentation_parse():
