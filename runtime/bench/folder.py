@@ -37,7 +37,6 @@ from glassine.runtime.foreign import read_model
 from glassine.runtime.machine import Machine, this_machine
 from glassine.runtime.request import Request
 
-PICTURE = "picture"
 NEEDED = ("text_encoder", "unet", "vae_decoder")  # for a whole picture; SDXL's refiner has text_encoder_2 alone
 _IDLE = 3.0  # seconds in which the machine's power is measured before anything runs
 _HOST = 0.02  # seconds a step that the loop itself may take
@@ -83,7 +82,7 @@ class _Bench:
         """Measure everything that was asked for."""
         started, begun = datetime.now(timezone.utc), time.perf_counter()
         chosen = parts_of(self._model.manifest, self._size, self._settings.parts)
-        drawn = self._settings.pictures and self._drawable()
+        drawn = bool(self._settings.pictures) and self._drawable()
         machine, before = machine_record(self._machine), condition()
         self._cores = machine["gpu_cores"]
         with ExitStack() as stack:
@@ -145,18 +144,18 @@ class _Bench:
             )
             for asked, options in self._contenders.items()
         }
-        work = None if any(path.suffix == COMPILED for path in packages) else work_of(packages, function)
         settings = self._settings
         effort = Effort(
             runs=settings.runs, warmup=settings.warmup, timeout=settings.timeout, cold=settings.cold, placement=True
         )
         order, timings = self._timed(subjects, effort, weight_bytes(packages))
+        work = self._work(role, packages, function)
         figures = [
             Figures.of(asked, timing, started=begun, roof=self._roof(work, asked, timing))
             for asked, timing in timings.items()
             if isinstance(timing, Timing)
         ]
-        shape = next((shape for name, (shape, _) in part.inputs.items() if shape), None)
+        shape = next((shape for shape, _ in part.inputs.values() if shape), None)
         about = {
             "packages": [path.name for path in packages],
             "rows": None if shape is None else shape[0],
@@ -166,6 +165,16 @@ class _Bench:
             "work": None if work is None else dataclasses.asdict(work),
         }
         return Measured(role=role, order=order, figures=tuple(figures), failures=_failures(timings), about=about)
+
+    def _work(self, role: str, packages: tuple[Path, ...], function: str | None) -> Work | None:
+        """What a part has to do; None where that cannot be seen."""
+        if any(path.suffix == COMPILED for path in packages):
+            return None
+        try:
+            return work_of(packages, function)
+        except GlassineError as error:
+            self._notes.append(f"{role}: its work cannot be counted: {error}")
+            return None
 
     def _timed(self, subjects: Mapping[str, Subject], effort: Effort, weights: int) -> tuple[str, Timings]:
         """Time contenders in turns where the memory holds all of them, else one after the other."""
@@ -247,11 +256,11 @@ class _Bench:
                 )
             )
         about = {"steps": self._steps}
-        return Measured(role=PICTURE, order=order, figures=tuple(figures), failures=_failures(timings), about=about)
+        return Measured(role="picture", order=order, figures=tuple(figures), failures=_failures(timings), about=about)
 
     def _energy(self, meter: Meter, timing: Timing, idle: Mapping[str, float] | None) -> Json | None:
         """The mean power while this contender drew, and what a picture took."""
-        windows = [(at, at + seconds) for at, seconds in zip(timing.at, timing.samples, strict=True)]
+        windows = [(at, at + lasted) for at, lasted in zip(timing.at, timing.samples, strict=True)]
         watts, count = mean_watts(meter.intervals, windows)
         if not count:
             self._notes.append("no interval of powermetrics lies within a picture: no energy; take more --steps")

@@ -174,17 +174,24 @@ def time_in_turns(
         running: dict[str, _Contender] = {}
         for name, subject in contenders.items():
             contender = _Contender(subject, effort, tell)
-            with _contained(results, name):
-                contender.start(stack)
+            stack.callback(contender.close)
+            try:
+                contender.start()
                 running[name] = contender
+            except EngineError as error:
+                results[name] = Failure(str(error))
+                contender.close()
         alone = len(running) < 2
         while running:
             for name, contender in list(running.items()):
-                with _contained(results, name):
+                try:
                     contender.turn(settle=not alone)
                     if not contender.done:
                         continue
                     results[name] = contender.finish()
+                except EngineError as error:
+                    results[name] = Failure(str(error))
+                contender.close()  # a child that hangs would disturb the others
                 del running[name]
     return {name: results[name] for name in contenders}
 
@@ -200,14 +207,6 @@ def time_peak(options: EngineOptions) -> Peak:
         return Peak(**ask("measuring", do="peak", device=None if engine_name(options) == "coreml" else device))
 
 
-@contextmanager
-def _contained(results: dict[str, Timing | Failure], name: str) -> Iterator[None]:
-    try:
-        yield
-    except EngineError as error:
-        results[name] = Failure(str(error))
-
-
 class _Contender:
     """One subject while it is timed."""
 
@@ -217,19 +216,24 @@ class _Contender:
         self._samples: list[float] = []
         self._at: list[float] = []
         self._stages: list[Mapping[str, float]] = []
+        self._stack = ExitStack()
 
-    def start(self, stack: ExitStack) -> None:
+    def close(self) -> None:
+        """End its child."""
+        self._stack.close()
+
+    def start(self) -> None:
         """Load it, cold first where that is wanted, and warm it up."""
         cache = self._subject.cache
         if self._effort.cold and engine_name(self._subject.options) == "coreml":
             if cache is None:
-                cache = Path(stack.enter_context(_folder()))
+                cache = Path(self._stack.enter_context(_folder()))
             self._tell(f"{self._subject}: loading for the first time")
             with _worker(self._subject, self._tell, self._effort.timeout, cache) as ask:
-                self._cold = ask("loading it for the first time", do="load")["seconds"]
+                self._cold = ask("loading it for the first time", do="load", warm=False)["seconds"]
         self._tell(f"{self._subject}: loading")
-        self._ask = stack.enter_context(_worker(self._subject, self._tell, self._effort.timeout, cache))
-        self._loaded = self._ask("loading it", do="load")
+        self._ask = self._stack.enter_context(_worker(self._subject, self._tell, self._effort.timeout, cache))
+        self._loaded = self._ask("loading it", do="load", warm=True)
         self._first = self._run("calling it for the first time", 1)["seconds"][0]
         if self._effort.warmup:
             self._run("warming it up", self._effort.warmup)

@@ -1,7 +1,7 @@
 """The child that is timed: it loads one network, or a whole pipeline, and runs it when it is asked to.
 
       {"ready": true}                what it needs is imported
-asked {"do": "load"}              -> {"seconds", "realised", "base": bytes before}
+asked {"do": "load", "warm"}      -> {"seconds", "realised", "base": bytes before}; warm: compile before, if need be
       {"do": "run", "times": 5}   -> {"seconds": [...], "at": [...], "stages": [...], "not_finite": [...]}
       {"do": "memory"}            -> {"peak": bytes, "counts": "resident set"}
       {"do": "peak", "device"}    -> {"tflops", "gigabytes", "source"}
@@ -29,19 +29,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.runtime.bench.memory import peak_memory
+from glassine.runtime.bench.model import packages_of
 from glassine.runtime.bench.roofline import measured_peak
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.child import Words, answering, leave_out_frameworks
 from glassine.runtime.engine.compose import Chain
 from glassine.runtime.engine.contract import ComputeUnits, Realised, TensorSpec
+from glassine.runtime.foreign import read_model
 
 Clock = Callable[[], float]
 Open = Callable[..., Engine]
+PICTURE = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae_decoder",
+)  # the parts that every picture needs, where it has them
 _VARIED = 1000  # pictures before a prompt comes again
 
 
 class Task(Protocol):
     """What is timed."""
+
+    def packages(self) -> list[tuple[Path, str | None]]:
+        """What it loads, each with the function that is used."""
+        ...
 
     def load(self) -> Realised:
         """Make it ready."""
@@ -63,12 +75,13 @@ class Network:
         self._job, self._options, self._open = job, options, open_
         self._keep = job["keep"]
 
+    def packages(self) -> list[tuple[Path, str | None]]:
+        """The packages of the job."""
+        return [(Path(package), self._job["function"]) for package in self._job["packages"]]
+
     def load(self) -> Realised:
         """Open the packages."""
-        stages = [
-            self._open(Path(package), self._options, function=self._job["function"])
-            for package in self._job["packages"]
-        ]
+        stages = [self._open(package, self._options, function=function) for package, function in self.packages()]
         self._engine: Engine = stages[0] if len(stages) == 1 else Chain(stages)
         self._inputs = {name: _input(spec) for name, spec in self._engine.inputs.items()}
         return self._engine.realised
@@ -87,16 +100,21 @@ class Picture:
 
     def __init__(self, job: Words, options: EngineOptions) -> None:
         self._job, self._options = job, options
+        self._size = (job["size"][0], job["size"][1])
         self._drawn = 0
+
+    def packages(self) -> list[tuple[Path, str | None]]:
+        """The packages of the parts that every picture needs."""
+        model = read_model(Path(self._job["folder"]))
+        parts = [part for role in PICTURE if (part := model.manifest.part(role, self._size)) is not None]
+        return [(file, part.about.get("function")) for part in parts for file in packages_of(model.folder, part)]
 
     def load(self) -> Realised:
         """Open the model and the parts that every picture needs."""
         from glassine.runtime.pipeline import Pipeline
 
-        size = self._job["size"]
-        self._pipe = Pipeline.load(self._job["folder"], self._options, size=(size[0], size[1]))
-        roles = [role for role in ("text_encoder", "text_encoder_2") if role in self._pipe.manifest.parts]
-        engines = [self._pipe.engine(role) for role in (*roles, "unet", "vae_decoder")]
+        self._pipe = Pipeline.load(self._job["folder"], self._options, size=self._size)
+        engines = [self._pipe.engine(role) for role in PICTURE if role in self._pipe.manifest.parts]
         return dataclasses.replace(
             engines[0].realised,
             device=" + ".join(dict.fromkeys(engine.realised.device for engine in engines)),
@@ -134,6 +152,8 @@ def serve(job: str, *, open_: Open = open_engine, clock: Clock = time.perf_count
         while True:
             words = asked.get()
             if words["do"] == "load":
+                if words["warm"] and described["core_ml"]:
+                    _compile(task, options)
                 started = clock()
                 realised = task.load()
                 say(seconds=clock() - started, realised=dataclasses.asdict(realised), base=base)
@@ -149,6 +169,14 @@ def serve(job: str, *, open_: Open = open_engine, clock: Clock = time.perf_count
     except Exception as error:  # whatever it is, it is the parent's to judge
         say(error=f"{error}" if str(error) else repr(error))
         os._exit(0)
+
+
+def _compile(task: Task, options: EngineOptions) -> None:
+    """See to it that the compile cache has all that will be loaded."""
+    from glassine.runtime.engine.coreml import warm
+
+    for package, function in task.packages():
+        warm(package, options, function)
 
 
 def _timed(task: Task, times: int, clock: Clock) -> Words:

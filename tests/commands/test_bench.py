@@ -109,6 +109,23 @@ def test_one_unit_s_failure_costs_no_other_figure(glassine, plan, mac, tiny_fold
         assert said in flat
 
 
+def test_a_missing_or_damaged_package_costs_no_other_figure(glassine, plan, mac, tiny_folder, tmp_path):
+    plan({"cpu_and_ne": 0.2})
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_folder, folder)
+    shutil.rmtree(folder / "VAEDecoder.mlpackage")
+    (folder / "VAEEncoder.mlpackage" / "Data" / "com.apple.CoreML" / "model.mlmodel").write_bytes(b"not a model")
+    parts = ("--part", "vae_decoder", "--part", "vae_encoder", "--part", "unet")
+    result = glassine("bench", folder, *QUICK, "--units", "ane", *parts, "--pictures", 0, "--json", "a.json")
+    assert result.exit_code == 1
+    assert "not everything could be measured: vae_decoder; see above" in result.stderr
+    by_role = {part.role: part for part in read(tmp_path / "a.json").parts}
+    assert by_role["unet"].of("ane").median == pytest.approx(0.2)
+    assert "VAEDecoder.mlpackage is not there" in by_role["vae_decoder"].failures["ane"]
+    assert by_role["vae_encoder"].of("ane").roof is None  # the stub runs anything
+    assert "note: vae_encoder: its work cannot be counted: " in result.stdout
+
+
 def test_contenders_that_memory_does_not_hold_at_once_run_one_after_the_other(
     glassine, plan, mac, tiny_folder, tmp_path, monkeypatch
 ):
