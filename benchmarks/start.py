@@ -17,9 +17,11 @@ OURS = """
 import sys, numpy as np
 from pathlib import Path
 from glassine.runtime import pipeline
+from glassine.runtime.engine import Realised
 from glassine.runtime.request import Request
 
 class Stub:
+    realised = Realised(engine="stub", device="", precision="", load_seconds=0.0)
     def __init__(self, outputs):
         self.arrays = {name: np.zeros(shape, np.float32) for name, (shape, _) in outputs.items()}
     def predict(self, **_): return self.arrays
