@@ -59,6 +59,7 @@ file_options = options(
 @click.pass_context
 def bench(
     ctx: click.Context,
+    /,
     model: Path,
     files: tuple[Path, ...],
     json_file: str | None,

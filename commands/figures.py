@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from glassine.runtime.bench.report import Figures, Measured, Report
 
 WIDTH = 80
+_NAME = 19  # columns for the names of parts; longer ones are folded
 _SHORT = {"neural_engine": "ANE", "gpu": "GPU", "cpu": "CPU"}
 _WORDS = {"cpu_and_ne": "ane", "cpu_and_gpu": "gpu", "cpu_only": "cpu", "all": "all"}  # as `--units` says them
 
@@ -174,8 +175,9 @@ def _table(*columns: str, numbers: int) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if 0 < index <= numbers else "left", no_wrap=index == 0)
+    table.add_column(columns[0], max_width=_NAME, overflow="fold")
+    for index, column in enumerate(columns[1:]):
+        table.add_column(column, justify="right" if index < numbers else "left", no_wrap=index < numbers)
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ _INK, _FAINT, _GRID, _BAND = "#222222", "#666666", "#E4E4E4", "#F6F6F6"
 _WIDTH, _LEFT, _RIGHT = 9.6, 1.75, 0.5  # inches: the chart, and beside its axes
 _HEAD, _FOOT, _GAP = 1.62, 1.05, 1.15  # above, below and between the axes
 _BAR, _ROW = 0.42, 0.25  # a picture's bar; one contender of a part
+_LABEL = 20  # characters on a line of a part's name
 _BETWEEN = 0.6  # rows between two parts
 
 
@@ -109,8 +111,9 @@ def _draw_pictures(axes: Axes, pictures: Measured) -> None:
         axes.barh(row, one.median, height=0.62, color=_colour(one), alpha=0.28, zorder=2)
         _marks(axes, row, one, 1.0, 0.24)
         rate = 0.0 if one.images_per_minute is None else one.images_per_minute
-        text = f"  {seconds(one.median)}   {three(rate)} a minute"
-        axes.text(max(one.samples), row, text, va="center", fontsize=10, fontweight="bold", color=_INK)
+        text = f"{seconds(one.median)}   {three(rate)} a minute"
+        axes.annotate(text, (max(one.samples), row), (9, 0), textcoords="offset points", va="center", fontsize=10,
+                      fontweight="bold", color=_INK)  # fmt: skip
         labels.append(_label(one))
     slowest = max((max(one.samples) for one in pictures.figures), default=1.0)
     axes.set_xlim(0, slowest * 1.38)
@@ -138,7 +141,7 @@ def _draw_parts(axes: Axes, parts: Sequence[Measured]) -> None:
         ticks.append((begun + row - 1) / 2)
         if len(ticks) % 2:
             axes.axhspan(begun - 0.5 - _BETWEEN / 2, row - 0.5 + _BETWEEN / 2, color=_BAND, zorder=0)
-        labels.append(part.role.replace("control:", "control: ").replace("_", " "))
+        labels.append(textwrap.fill(part.role.replace(":", ": ").replace("_", " "), _LABEL))
         row += _BETWEEN
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 1.4, max(values) * 2.2)
