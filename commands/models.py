@@ -308,8 +308,15 @@ def verify(
     from glassine.convert.verify import note_palettes, verify_folder
 
     with bar("verifying") as advance:
-        how = {"given": given, "allow_pickle": allow_pickle}
-        reports = verify_folder(model, source, parts=part, options=engine_of(asked), report=advance, **how)
+        reports = verify_folder(
+            model,
+            source,
+            given=given,
+            allow_pickle=allow_pickle,
+            parts=part,
+            options=engine_of(asked),
+            report=advance,
+        )
     lines = [f"{r.role:14} {r.psnr:6.1f} dB   largest error {r.max_error:.2e}" for r in reports]
     give({r.role: {"psnr": r.psnr, "max_error": r.max_error} for r in reports}, "\n".join(lines), as_json)
     needed = note_palettes(model, reports, threshold)

@@ -80,6 +80,12 @@ class Index:
     places: tuple[Place, ...]
     packed: tuple[Packed, ...] = ()
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight and its shape in the source."""
+        plain = {place.name: place.shape for place in self.places}
+        return plain | {weight.name: weight.shape for weight in self.packed}
+
 
 def part_of(role: str) -> str | None:
     """The part whose weights, by their names, a role's network has; None where no LoRA changes it."""

@@ -301,7 +301,7 @@ def _patches(homes: Sequence[_Home], loras: Sequence[LoraFile]) -> dict[str, lis
     parts: dict[str, _Shapes] = {}
     for home in homes:
         shapes = parts.setdefault(home.index.part, _Shapes()).shapes
-        shapes.update({stored.name: stored.shape for stored in (*home.index.places, *home.index.packed)})
+        shapes.update(home.index.shapes)
     patches: dict[str, list[Lora]] = {part: [] for part in parts}
     for file in loras:
         for part, patch in lora_patches(file, parts).items():
@@ -310,7 +310,7 @@ def _patches(homes: Sequence[_Home], loras: Sequence[LoraFile]) -> dict[str, lis
 
 
 def _is_changed(home: _Home, patches: Mapping[str, Sequence[Lora]]) -> bool:
-    names = {stored.name for stored in (*home.index.places, *home.index.packed)}
+    names = home.index.shapes.keys()
     return any(not names.isdisjoint(patch.shapes) for patch in patches[home.index.part])
 
 
