@@ -62,10 +62,11 @@ def make(path: Path) -> None:
 
 
 def beyond_optimum(bits: int) -> dict[str, float]:
-    """The squared error of a palette over that of the exact optimum, by the size of the weight."""
+    """The squared error of a palette over that of the exact optimum, by the size of the weight; small ones have it."""
     import numpy as np
 
     from glassine.convert.kmeans import good_palette, nearest, optimal_palette
+    from glassine.convert.palettize import EXACT
 
     rng = np.random.default_rng(SEED)
     found = {}
@@ -76,7 +77,8 @@ def beyond_optimum(bits: int) -> dict[str, float]:
         def error(palette: Any, values: Any = values, counts: Any = counts) -> float:
             return float(counts @ (values - palette[nearest(values, palette)]) ** 2)
 
-        ours, best = (make(values, counts.astype(float), 1 << bits) for make in (good_palette, optimal_palette))
+        makers = (optimal_palette if size <= EXACT[bits] else good_palette, optimal_palette)
+        ours, best = (make(values, counts.astype(float), 1 << bits) for make in makers)
         found[str(size)] = error(ours) / error(best) - 1
     return found
 

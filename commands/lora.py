@@ -69,10 +69,18 @@ def previews_of(asked: dict[str, Any]) -> tuple[Further, ...]:
 @click.argument("model", type=FOLDER)
 @click.argument("action", type=click.Choice(["add", "remove", "list"]))
 @click.argument("names", nargs=-1, metavar="[FILE[=S] | NAME]...")
-@click.option("--source", type=click.Path(path_type=Path),
-              help="The checkpoint that MODEL was made of; merging into a UNet with palettes needs its weights.")
-@click.option("--with", "given", type=click.Path(path_type=Path), multiple=True,
-              help="A LoRA that went into MODEL with the checkpoint, or a folder that has it; may be repeated.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="The checkpoint that MODEL was made of; merging into a UNet with palettes needs its weights.",
+)
+@click.option(
+    "--with",
+    "given",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A LoRA that went into MODEL with the checkpoint, or a folder that has it; may be repeated.",
+)
 @click.option("--allow-pickle", is_flag=True, help="SOURCE may be a PyTorch pickle; see convert.")
 @as_json
 def lora(
