@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -217,7 +218,9 @@ def write_16_bit(path):
         (("a cat", "-o", "cat.jpg"), 1, "cat.jpg: expected a name ending in .png"),
         (("a cat", "-o", "nowhere/cat.png"), 1, "there is no folder nowhere"),
         (("--from", "photo.png"), 1, "photo.png: holds no settings"),
-        (("a cat", "--device", "cuda"), 1, "cuda"),
+        pytest.param(
+            ("a cat", "--device", "cuda"), 1, "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="is here")
+        ),
     ],
 )
 def test_bad_requests(glassine, tiny_folder, photo, tmp_path, options, code, message):
