@@ -136,7 +136,8 @@ def by_frame(places: Iterable[Place]) -> Iterator[Place]:
 def save_index(folder: Path, index: Index) -> None:
     """Write an index into `folder`."""
     raw = {"format_version": FORMAT_VERSION, **asdict(index)}
-    raw["packed"] = [{**asdict(weight), "form": str(weight.form)} for weight in index.packed]
+    packed = [{**asdict(weight), "form": str(weight.form)} for weight in index.packed]
+    raw = {**raw, "packed": packed} if packed else {name: value for name, value in raw.items() if name != "packed"}
     (folder / f"{Path(index.package).stem}{SUFFIX}").write_text(json.dumps(raw) + "\n", encoding="utf-8")
 
 

@@ -288,7 +288,8 @@ def _homes(folder: Path) -> list[_Home]:
 
 def _home(folder: Path, group: list[Index]) -> _Home:
     packages = tuple(index.package for index in group)
-    index = max(group, key=lambda index: len(index.places))  # a network that came later may have added its own
+    # A network that came later may have added its own.
+    index = max(group, key=lambda index: len(index.places) + len(index.packed))
     index = replace(index, places=tuple(by_frame(index.places)))
     kept = folder / STORE / "base" / f"{packages[0]}.bin"
     if kept.is_file():

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from glassine.errors import PackageError
+from glassine.errors import EngineError, PackageError
 from glassine.manifest import FILE_NAME, Manifest, Part, Prediction
 from glassine.runtime.engine.contract import COMPILED, TensorSpec
 from glassine.runtime.engine.interface import Interface, read_interface
@@ -273,11 +273,7 @@ def _said_prediction(path: Path) -> tuple[Prediction, tuple[str, ...]]:
 
 
 def _control_nets(place: Path, folder: Path, model: Manifest) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The control networks that lie beside a model and fit it, by name, and what is to be said of the others.
-
-    Raises:
-        PackageError: a package that is no control network, or cannot be read.
-    """
+    """The control networks that lie beside a model and fit it, by name, and what is to be said of the others."""
     own = [place, place / "controlnet"]
     shelf = folder.absolute().parent
     shared = [shelf.parent / "controlnet"] if shelf.name == "models" else []  # Mochi Diffusion's
@@ -292,26 +288,27 @@ def _control_nets(place: Path, folder: Path, model: Manifest) -> tuple[dict[str,
         named = ", ".join(name for name, path in found.items() if path.parent in own)
         why = f"control networks {named} have nowhere to go: the model has no ControlledUnet"
         return {}, (why,) if named else ()
-    fitting = {name: path for name, path in found.items() if _fits(path, unet)}
-    strange = ", ".join(name for name in found if name not in fitting)
-    return fitting, (f"control networks of another size or family: {strange}",) if strange else ()
+    misfits = {name: _misfit(path, unet) for name, path in found.items()}
+    fitting = {name: path for name, path in found.items() if misfits[name] is None}
+    return fitting, tuple(f"control network {name} left out: {why}" for name, why in misfits.items() if why is not None)
 
 
-def _fits(path: Path, unet: Part) -> bool:
-    """Whether a UNet takes what a control network returns, and has what it reads; shapes may be undeclared."""
-    net = read_interface(path)
+def _misfit(path: Path, unet: Part) -> str | None:
+    """Why a UNet does not take what a control network returns, or lacks what it reads; shapes may be undeclared."""
+    try:
+        net = read_interface(path)
+    except (PackageError, EngineError) as error:
+        return str(error)
     if not {"sample", "timestep", "controlnet_cond"} <= net.inputs.keys():
-        raise PackageError(
-            f"{path}: its inputs are {_spelled(net.inputs)}; expected those of a control network as Apple's converter "
-            "names them: sample, timestep, encoder_hidden_states and controlnet_cond (B, 3, H, W)"
-        )
+        return f"it reads {', '.join(net.inputs)}; one of Apple's converter reads sample, timestep and controlnet_cond"
     takes = {name: shape for name, (shape, _) in unet.inputs.items() if name.startswith("additional_residual_")}
     read = {name: spec.shape for name, spec in net.inputs.items() if name not in ("controlnet_cond", "timestep")}
-    return (
+    fits = (
         net.outputs.keys() <= takes.keys()
         and all(spec.shape in ((), takes[name]) for name, spec in net.outputs.items())
         and all(name in unet.inputs and shape[1:] == unet.inputs[name][0][1:] for name, shape in read.items())
     )
+    return None if fits else "it is for another size or family than the model's ControlledUnet"
 
 
 def _padded(part: Part, family: str) -> Part:
