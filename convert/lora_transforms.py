@@ -120,8 +120,8 @@ def _butterfly(t: Tensors, shape: Shape) -> Transform:
     The strength m is in every stage, R_m = I + m (R - I); the rows' factors are applied whole.
     """
     stages, count, size, again = t.shape("oft_blocks", 4)
-    fits = size == again and count * size == shape[0] and size % 2 == 0 and shape[0] % (size << (stages - 1)) == 0
-    t.expect_fit(stages > 0 and fits, "oft_blocks", shape)
+    t.expect_fit(stages > 0 and size == again > 0 and count * size == shape[0], "oft_blocks", shape)
+    t.expect_fit(size % 2 == 0 and shape[0] % (size << (stages - 1)) == 0, "oft_blocks", shape)
     rescale = _row_factors(t, "rescale", shape)
 
     def apply(weight: Float, strength: float) -> Float:
@@ -254,6 +254,7 @@ def _glora(t: Tensors, shape: Shape) -> Transform:
     low_rank = lora(t.under(down=down, up=up, **({"mid": "bm"} if "bm" in t else {})))
     t.expect_fit(math.prod(low_rank.shape) == shape[0] * columns, up, shape)
     rank = t.shape(first)[1]
+    t.expect_fit(rank > 0, first, shape)
     scale = np.float32(t.alpha(float(rank)) / rank)
 
     def apply(weight: Float, strength: float) -> Float:
@@ -272,6 +273,7 @@ def _factors(t: Tensors, module: str, shape: Shape, settings: Settings) -> Float
     by_output, by_input = (shape[0], 1, *ones), (1, shape[1] if len(shape) > 1 else 1, *ones)
     role = "ia3_l" if "ia3_l" in t else "ia3_w"
     given, size = t.shape(role), math.prod(t.shape(role))
+    t.expect_fit(len(shape) > 1, role, shape)
     if role == "ia3_w":  # LyCORIS': what is added to 1
         values, on_input = 1 + t.read(role), bool(t.read("on_input").reshape(-1)[:1].any())
     else:

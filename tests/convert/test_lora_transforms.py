@@ -18,7 +18,10 @@ LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
 SQUARE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONV = "down_blocks.0.resnets.0.conv1"
 FLAT = "down_blocks.0.resnets.0.conv2"
+NORM = "down_blocks.0.attentions.0.transformer_blocks.0.norm1"
+EMPTY = ((16, 0), (0, 16), (24, 4), (4, 16))  # a GLoRA of rank 0
 SHAPES = {
+    f"{NORM}.weight": (16,),
     f"{LINEAR}.weight": (24, 16),
     f"{LINEAR}.bias": (24,),
     f"{SQUARE}.weight": (16, 16),
@@ -182,6 +185,12 @@ def test_what_does_not_fit_is_refused(merged):
     cases = [
         (kohya(LINEAR, {"oft_blocks": rand(2, 4, 4, 4)}), r"oft_blocks\" has shape \(2, 4, 4, 4\), but the weight is"),
         (kohya(LINEAR, {"oft_blocks": rand(5, 12, 2, 2)}), r"oft_blocks\" has shape"),
+        (kohya(LINEAR, {"oft_blocks": rand(0, 6, 4, 4)}), r"oft_blocks\" has shape \(0, 6, 4, 4\)"),
+        (peft(NORM, {"ia3_l": rand(16)}), r"ia3_l\" has shape \(16,\), but the weight is \(16,\)"),
+        (
+            kohya(LINEAR, {f"{x}.weight": rand(*s) for x, s in zip(("a1", "a2", "b1", "b2"), EMPTY, strict=True)}),
+            r"a1.weight\" has shape \(16, 0\)",
+        ),
         (peft(LINEAR, {"oft_R.weight": rand(2, 28)}), r"none lies beside the file"),
         (peft(LINEAR, {"oft_R.weight": rand(2, 27)}), r"oft_R.weight\" has shape \(2, 27\), but the weight is"),
         (peft(LINEAR, {"boft_R": rand(1, 2, 8, 8), "boft_s": rand(16, 1)}), r"boft_s\" has shape"),
