@@ -99,15 +99,3 @@ def test_a_real_picture_is_the_pipeline_s(tiny_folder, tmp_path):
     with Pipeline.load(tiny_folder, EngineOptions(engine="portable")) as pipe:
         latents = pipe("a paper boat on a lake, number 0", seed=0, steps=2, output="latent")
     np.testing.assert_allclose(np.load(keep), latents, atol=1e-5)  # measured 0
-
-
-def test_a_real_package_in_a_real_child(tiny_folder):
-    subject = Subject(packages=(tiny_folder / "TextEncoder.mlpackage",), options=EngineOptions(engine="portable"))
-    timing = time_engine(subject, Effort(runs=3, warmup=0))
-    assert timing.count == 3
-    assert min(timing.samples) > 0
-    assert timing.cold_load is None
-    assert (timing.realised.engine, timing.realised.device) == ("portable", "cpu")
-    missing = Subject(packages=(tiny_folder / "Nothing.mlpackage",), options=EngineOptions(engine="portable"))
-    with pytest.raises(EngineError, match="not a model package"):
-        time_engine(missing)
