@@ -204,8 +204,8 @@ class Pipeline:
     def load_ahead(self, needed: Sequence[Need]) -> None:
         """Load the parts of a picture in a thread of its own, while the caller works with those before them.
 
-        With little memory nothing is loaded ahead, nor for the portable engine on the CPU: what loading takes from the
-        processor, the part that works lacks (benchmarks/ahead.py). What cannot be loaded is said where it is needed.
+        With little memory nothing is loaded ahead, nor for the portable engine on the CPU, where it brought nothing
+        (benchmarks/ahead.py). What cannot be loaded is said where it is needed.
         """
         if engine_name(self._options) == "portable" and self._options.device in (None, "cpu"):
             return

@@ -174,7 +174,7 @@ def test_what_cannot_be_drawn_loads_nothing(tiny_folder, stubbed):
     assert stubbed == {}
 
 
-def test_the_processor_is_left_to_the_part_that_works(tiny_folder, stubbed):
+def test_where_it_brings_nothing_nothing_is_loaded_ahead(tiny_folder, stubbed):
     for options in (EngineOptions(engine="portable"), EngineOptions(engine="coreml", low_memory=True)):
         with Pipeline.load(tiny_folder, options) as pipe:
             pipe.load_ahead([Need("unet")])
