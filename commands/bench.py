@@ -100,7 +100,7 @@ def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked
     from glassine.runtime.bench.chart import check_charts, draw
     from glassine.runtime.bench.folder import bench as measure
     from glassine.runtime.bench.report import check_writable, write_text
-    from glassine.runtime.bench.settings import Settings
+    from glassine.runtime.bench.settings import SHORT, Settings
     from glassine.runtime.engine import EngineOptions
     from glassine.runtime.engine.contract import engine_name
 
@@ -108,7 +108,8 @@ def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked
     for path in (*charts, *(() if json_file in (None, "-") else (Path(str(json_file)),))):
         check_writable(path)
     engine = EngineOptions(**{name: asked.pop(name) for name in ("engine", "device", "precision")})
-    units = tuple(unit.strip() for unit in asked.pop("units").split(","))
+    said = [unit.strip() for unit in asked.pop("units").split(",")]
+    units = tuple(SHORT.get(unit, unit) for unit in said)
     settings = Settings(units=units, options=engine, cold=not asked.pop("no_cold"), **asked)
     if engine_name(engine) == "portable":
         say("Core ML is macOS's: this measures the portable engine (PyTorch), and --units says nothing to it")

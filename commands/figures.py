@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 WIDTH = 80
 _NAME = 19  # columns for the names of parts; longer ones are folded
 _SHORT = {"neural_engine": "ANE", "gpu": "GPU", "cpu": "CPU"}
-_WORDS = {"cpu_and_ne": "ane", "cpu_and_gpu": "gpu", "cpu_only": "cpu", "all": "all"}  # as `--units` says them
 
 
 def show(report: Report) -> None:
@@ -35,7 +34,9 @@ def show(report: Report) -> None:
 
 def show_comparison(compared: Compared) -> None:
     """Print ratios, with what makes the files differ."""
-    table = _table("", compared.names[0], *compared.names[1:], numbers=len(compared.names))
+    from rich.markup import escape
+
+    table = _table("", *map(escape, compared.names), numbers=len(compared.names))
     for row in compared.rows:
         table.add_row(row.name, *_compared(row))
     _print(table)
@@ -158,7 +159,9 @@ def spread(one: Figures) -> str:
 
 def ran_on(one: Figures) -> str:
     """What really ran: the units, and where Core ML's plan puts the cost."""
-    device = _WORDS.get(one.device, one.device)
+    from glassine.runtime.bench.settings import SHORT
+
+    device = SHORT.get(one.device, one.device)
     words = [] if device == one.asked else [f"{device}, not {one.asked}:"]
     return " ".join([*words, device if one.placement is None else shares(one.placement)])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassine.errors import MissingDependency, RequestError
+from glassine.runtime.bench.settings import SHORT
 from glassine.runtime.bench.words import seconds, three
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ ENDINGS = (".png", ".svg")
 _COLOURS = {"ane": "#0072B2", "gpu": "#D55E00", "all": "#009E73", "cpu": "#7A7A7A"}
 _OTHER = "#CC79A7"
 _NAMES = {"ane": "Neural Engine", "gpu": "GPU", "all": "all units", "cpu": "CPU"}
-_RAN = {"cpu_and_ne": "ane", "cpu_and_gpu": "gpu", "cpu_only": "cpu", "all": "all"}
 _INK, _FAINT, _GRID, _BAND = "#222222", "#666666", "#E4E4E4", "#F6F6F6"
 _WIDTH, _LEFT, _RIGHT = 9.6, 1.75, 0.5  # inches: the chart, and beside its axes
 _HEAD, _FOOT, _GAP = 1.62, 1.05, 1.15  # above, below and between the axes
@@ -188,7 +188,7 @@ def _label(one: Figures) -> str:
 
 def _elsewhere(one: Figures, words: str) -> str:
     """The words with the units that really ran, if they are not those that were asked for."""
-    ran = _RAN.get(one.device, one.asked)
+    ran = SHORT.get(one.device, one.asked)
     return "" if ran == one.asked else words.format(_NAMES[ran])
 
 

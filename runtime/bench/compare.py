@@ -74,6 +74,7 @@ def compare(reports: Sequence[Report], names: Sequence[str]) -> Compared:
     if not rows:
         raise RequestError(f"{', '.join(names)}: nothing in them was measured on the same units; measure again alike")
     remarks = [remark for other, name in zip(others, names[1:], strict=True) for remark in _remarks(base, other, name)]
+    remarks += [remark for report, name in zip(reports, names, strict=True) for remark in _doubts(report, name)]
     return Compared(tuple(names), tuple(rows), tuple(remarks))
 
 
@@ -128,12 +129,13 @@ def _remarks(base: Report, other: Report, name: str) -> Iterator[str]:
             same = found.of(one.asked)
             if same is not None and same.device != one.device:
                 yield f"{name}: {measured.role} asked for {one.asked} ran on {same.device} instead of {one.device}"
-    for which, report in (("the first file", base), (name, other)):
-        doubtful = [
-            f"{found.role} on {one.asked}" for found in report.measured() for one in found.figures if one.warnings
-        ]
-        if doubtful:
-            yield f"{which}: its own warnings are about {', '.join(doubtful)}"
+
+
+def _doubts(report: Report, name: str) -> Iterator[str]:
+    """The series of a file that it calls doubtful itself."""
+    doubtful = [f"{found.role} on {one.asked}" for found in report.measured() for one in found.figures if one.warnings]
+    if doubtful:
+        yield f"{name}: doubtful in itself: {', '.join(doubtful)}"
 
 
 def _short(value: Any) -> str:

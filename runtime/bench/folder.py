@@ -350,7 +350,7 @@ class _Bench:
 
 
 def disagreements(parts: Sequence[Measured], pictures: Measured) -> Iterator[str]:
-    """Where the UNet alone and the steps of whole pictures do not fit one another: then the machine changed between.
+    """Where the UNet alone and the steps of whole pictures do not fit one another.
 
     A step is one call of the UNet, or two where it has one row a call and there is guidance. Half as much again, either
     way, is let pass.
@@ -363,7 +363,7 @@ def disagreements(parts: Sequence[Measured], pictures: Measured) -> Iterator[str
             if step is not None and not alone.median / 1.5 <= step <= 1.5 * calls * alone.median + _HOST:
                 yield (
                     f"pictures and parts disagree on {alone.asked}: a step took {seconds(step)}, the UNet alone "
-                    f"{seconds(alone.median)} a call; the machine was not the same all the time, measure again"
+                    f"{seconds(alone.median)} a call; one of them is not to be trusted, measure again"
                 )
 
 

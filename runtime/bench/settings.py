@@ -12,6 +12,7 @@ from glassine.runtime.engine import EngineOptions
 from glassine.runtime.engine.contract import ComputeUnits, engine_name
 
 UNITS: dict[str, ComputeUnits] = {"ane": "cpu_and_ne", "gpu": "cpu_and_gpu", "cpu": "cpu_only", "all": "all"}
+SHORT: dict[str, str] = {units: name for name, units in UNITS.items()}  # as other verbs spell units -> as this one does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,7 +132,7 @@ def test_contenders_that_memory_does_not_hold_at_once_run_one_after_the_other(
     plan({"cpu_and_ne": 0.2, "cpu_and_gpu": 0.4})
     small = dataclasses.replace(module.this_machine(), available=1000)
     monkeypatch.setattr(module, "this_machine", lambda: small)
-    glassine("bench", tiny_folder, *QUICK, "--units", "ane,gpu", "--part", "unet", "--pictures", 0, "--no-cold",
+    glassine("bench", tiny_folder, *QUICK, "--units", "cpu_and_ne, gpu", "--part", "unet", "--pictures", 0, "--no-cold",
              "--json", "a.json")  # fmt: skip
     (unet,) = read(tmp_path / "a.json").parts
     assert unet.order == "one after the other"

@@ -71,5 +71,5 @@ def test_other_steps_are_left_out_and_other_circumstances_are_said(reports):
         "b: unet asked for ane ran on cpu_and_gpu instead of cpu_and_ne",
         "b: has no vae_decoder",
         "b: pictures of 30 steps instead of 20: left out",
-        "b: its own warnings are about unet on ane",
+        "b: doubtful in itself: unet on ane",
     )
