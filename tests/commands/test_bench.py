@@ -234,20 +234,21 @@ def test_off_a_mac_the_portable_engine_is_measured_and_that_is_said(glassine, ti
 
 
 @pytest.mark.coreml
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
 def test_a_mac_measures_core_ml(glassine, tiny_folder, tmp_path):
     result = glassine("bench", tiny_folder, "--units", "ane,gpu", "--runs", 10, "--part", "unet", "--steps", 4,
                       "--quality", "--json", "a.json")  # fmt: skip
     report = read(tmp_path / "a.json")
     assert result.exit_code == 0, result.stderr
     assert report.machine["chip"].startswith("Apple ")
-    assert report.machine["before"]["thermal"] is not None
     for one in report.parts[0].figures:
         assert one.engine == "coreml"
         assert one.cold_load > one.warm_load > 0
         assert one.peak_bytes > one.base_bytes > 10e6
         assert one.memory == "physical footprint"
         assert sum(one.placement.values()) == pytest.approx(1.0, abs=0.01)
-        assert one.roof["peak_gigabytes"] is not None
+        if "Virtual" not in report.machine["chip"] and one.device != "cpu_only":
+            assert one.roof["peak_gigabytes"] is not None
     for one in report.pictures.figures:
         assert one.quality["psnr"] > 20
 
