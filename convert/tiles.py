@@ -25,12 +25,26 @@ def product(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np
     """Return left @ right, in tiles so small that BLAS computes each in the thread that asks.
 
     The threads that it would start and wait for, product by product, cost many times what a product of low rank does
-    where several threads ask, and the result would depend on their number.
+    where several threads ask, and the result would depend on their number. Equal tiles are one call: between two calls
+    threads wait for one another.
     """
-    out = np.empty((len(left), right.shape[1]), np.float32)
-    width = max(16, _TILE // max(1, len(right)))
-    for row in range(0, len(left), _ROWS):
-        for column in range(0, right.shape[1], width):
-            tile = out[row : row + _ROWS, column : column + width]
-            np.matmul(left[row : row + _ROWS], right[:, column : column + width], out=tile)
+    rows, inner, columns = *left.shape, right.shape[1]
+    out = np.empty((rows, columns), np.float32)
+    for top, bottom, height in _tiled(rows, _ROWS):
+        for first, last, width in _tiled(columns, max(16, _TILE // max(1, inner))):
+            down, across = (bottom - top) // height, (last - first) // width
+            np.matmul(
+                left[top:bottom].reshape(down, 1, height, inner),
+                right[:, first:last].reshape(inner, across, width).transpose(1, 0, 2),
+                out=out[top:bottom, first:last].reshape(down, height, across, width).transpose(0, 2, 1, 3),
+            )
     return out
+
+
+def _tiled(total: int, step: int) -> Iterator[tuple[int, int, int]]:
+    """Where equal tiles begin and end, and how long each is: those of `step`, and one of what is left."""
+    whole = total - total % step
+    if whole:
+        yield 0, whole, step
+    if whole < total:
+        yield whole, total, total - whole
