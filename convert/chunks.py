@@ -263,7 +263,8 @@ class _Graph:
 def move(operations: Sequence[Any], records: Mapping[int, Record], plan: Plan) -> None:
     """Give what the operations store its places in another plan; `records` are those of the old one by offset."""
     for operation in operations:
-        for value in _stored(operation):
+        # Protobuf's maps have no order, and the same conversion makes the same bytes.
+        for value in sorted(_stored(operation), key=lambda value: value.blobFileValue.offset):
             offset = value.blobFileValue.offset
             if offset not in records:
                 raise ConversionError("a network whose weights lie in another's file cannot be cut or joined")
