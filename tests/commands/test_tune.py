@@ -242,13 +242,14 @@ def test_on_the_stand_in_for_core_ml(glassine, folder, monkeypatch, fault):
     monkeypatch.setattr(tuning, "_RUNS", 5)
     child = Path(CHILD).with_name("core_ml_child.py")
     monkeypatch.setattr(timing, "CHILD", (sys.executable, str(child), json.dumps(planted)))
-    options = ("--part", "unet", "--part", "vae_decoder", *(("--budget", "40s") if fault == "hangs" else ()))
+    # What hangs may take half of the time: then one part is enough.
+    options = ("--part", "vae_decoder", *(("--budget", "60s") if fault == "hangs" else ("--part", "unet")))
     result = glassine("tune", folder, "--engine", "coreml", "--json", *options)
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["tried"]
     chosen = {row["part"]: (row["form"], row["units"]) for row in rows if row["chosen"]}
     assert chosen["vae_decoder"] == ("", "cpu_and_ne"), rows
-    if fault != "hangs":  # else the time may be up before
+    if fault != "hangs":
         assert chosen["unet"] == ("split, batch 1", "cpu_and_gpu"), rows
         assert {"TunedUnet": "cpu_and_gpu", "VAEDecoder": "cpu_and_ne"}.items() <= opened(folder, monkeypatch).items()
     failed = [row["verdict"] for row in rows if row["units"] == "all" and "not tried" not in row["verdict"]]
