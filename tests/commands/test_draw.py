@@ -15,6 +15,7 @@ from glassine.runtime import machine
 from glassine.runtime.pipeline import Pipeline
 
 FAST = ("--steps", 2, "--sampler", "euler")
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 
 
 def pixels(path):
@@ -218,9 +219,7 @@ def write_16_bit(path):
         (("a cat", "-o", "cat.jpg"), 1, "cat.jpg: expected a name ending in .png"),
         (("a cat", "-o", "nowhere/cat.png"), 1, "there is no folder nowhere"),
         (("--from", "photo.png"), 1, "photo.png: holds no settings"),
-        pytest.param(
-            ("a cat", "--device", "cuda"), 1, "cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="is here")
-        ),
+        pytest.param(("a cat", "--device", "cuda"), 1, "cuda", marks=WITHOUT_CUDA),
     ],
 )
 def test_bad_requests(glassine, tiny_folder, photo, tmp_path, options, code, message):

@@ -48,7 +48,7 @@ def test_the_shape_goes_where_its_edges_are(pipe):
 
 
 @pytest.mark.slow
-def test_a_hundred_hints(pipe):
-    steered, free, best = faithful(pipe, 100)
-    assert steered >= 0.85 * best
+def test_forty_hints(pipe):
+    steered, free, best = faithful(pipe, 40)
+    assert steered >= 0.8 * best  # measured 0.855; 0.93 over 300
     assert free <= 0.3

@@ -105,18 +105,21 @@ def _compare(actual: Any, wanted: Any, threshold: float) -> tuple[Literal["diffe
         return None
     if not wanted.is_floating_point():
         return "differs", math.nan, f"{int((actual != wanted).sum())} of {wanted.numel()} whole numbers differ"
-    strange = torch.isfinite(wanted) & ~torch.isfinite(actual)
-    if bool(strange.any()):
-        return "not finite", math.nan, f"{int(strange.sum())} of {wanted.numel()} numbers are NaN or infinite"
-    both = torch.isfinite(wanted) & torch.isfinite(actual)
-    errors = (actual - wanted)[both].double()
+    errors = actual - wanted
+    if not bool(torch.isfinite(errors).all()):  # where it is needed alone: attention has results of gigabytes
+        strange = torch.isfinite(wanted) & ~torch.isfinite(actual)
+        if bool(strange.any()):
+            return "not finite", math.nan, f"{int(strange.sum())} of {wanted.numel()} numbers are NaN or infinite"
+        both = torch.isfinite(errors)
+        errors, wanted = errors[both], wanted[both]
     if not errors.numel():
         return None
-    error, top = float(errors.square().mean().sqrt()), float(wanted[both].abs().max())
+    error = float(torch.linalg.vector_norm(errors, dtype=torch.float64)) / errors.numel() ** 0.5
+    top, most = (float(torch.linalg.vector_norm(each, math.inf)) for each in (wanted, errors))
     psnr = math.inf if error == 0 else (20 * math.log10(top / error) if top > 0 else -math.inf)
     if psnr >= threshold:
         return None
-    return "differs", psnr, f"by up to {float(errors.abs().max()):.3g}, where the largest number is {top:.3g}"
+    return "differs", psnr, f"by up to {most:.3g}, where the largest number is {top:.3g}"
 
 
 def _check_same(package: Path, reference: Path, ours: Function, theirs: Function) -> int:
