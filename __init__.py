@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from glassine.runtime.control import Control
     from glassine.runtime.pipeline import Pipeline
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Control", "Pipeline", "__version__"]
 
 
