@@ -403,7 +403,8 @@ else:  # there getrusage counts the parent's memory up to exec too
 def test_a_killed_conversion_leaves_nothing_that_looks_done(tiny_checkpoint, tmp_path, how):
     out = tmp_path / "out"
     code = f"""
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to it
 def slow(progress):
     if progress.stage == "weights":
         print("writing", flush=True)
