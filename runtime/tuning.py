@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.manifest import Part
+from glassine.runtime.bench.statistics import psnr
 from glassine.runtime.bench.timing import Effort, Failure, Subject, Timing, time_in_turns
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.engine.contract import ComputeUnits, engine_name
@@ -174,9 +175,9 @@ class Tuner:
         reference = self._reference(candidate.role)
         if isinstance(reference, str):
             return replace(tried, excluded=f"there is nothing to compare it with: {reference}")
-        psnr = psnr_of(keep, reference)
-        far = f"its results are {psnr:.1f} dB from the reference, below {TOLERANCE:g}" if psnr < TOLERANCE else ""
-        return replace(tried, psnr=psnr, excluded=far)
+        near = psnr_of(keep, reference)
+        far = f"its results are {near:.1f} dB from the reference, below {TOLERANCE:g}" if near < TOLERANCE else ""
+        return replace(tried, psnr=near, excluded=far)
 
     def _time(
         self, way: Way, options: EngineOptions, keep: Path, effort: Effort, cache: Path | None = None
@@ -212,10 +213,7 @@ class Tuner:
 
 
 def psnr_of(results: Path, reference: Path) -> float:
-    """Return how close results come to a reference, in dB, over the rows that both have: the worst of all outputs.
-
-    The reference's largest value over the root mean square error. inf: they are equal.
-    """
+    """Return the PSNR of results beside a reference (`statistics.psnr`, dB) over the rows that both have: the worst."""
     with np.load(results) as ours, np.load(reference) as theirs:
         if set(ours.files) != set(theirs.files):
             return -math.inf
@@ -224,14 +222,7 @@ def psnr_of(results: Path, reference: Path) -> float:
 
 def _psnr(ours: NDArray[np.generic], theirs: NDArray[np.generic]) -> float:
     rows = min(len(ours), len(theirs))
-    if ours.shape[1:] != theirs.shape[1:]:
-        return -math.inf
-    expected = theirs[:rows].astype(np.float64)
-    error = float(np.sqrt(np.mean((ours[:rows].astype(np.float64) - expected) ** 2)))
-    top = float(np.abs(expected).max())
-    if error == 0:
-        return math.inf
-    return 20 * math.log10(top / error) if top > 0 else -math.inf
+    return psnr(ours[:rows], theirs[:rows]) if ours.shape[1:] == theirs.shape[1:] else -math.inf
 
 
 def winner(tried: Sequence[Tried]) -> Tried | None:

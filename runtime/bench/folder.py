@@ -28,7 +28,7 @@ from glassine.runtime.bench.model import model_digest, packages_of, parts_of, we
 from glassine.runtime.bench.report import Figures, Json, Measured, Report
 from glassine.runtime.bench.roofline import Work, position, work_of
 from glassine.runtime.bench.settings import Settings
-from glassine.runtime.bench.statistics import ratio_of_medians
+from glassine.runtime.bench.statistics import psnr, ratio_of_medians
 from glassine.runtime.bench.timing import Effort, Failure, Pictures, Subject, Timing, time_in_turns, time_peak
 from glassine.runtime.bench.words import seconds
 from glassine.runtime.engine import EngineOptions
@@ -368,12 +368,14 @@ def disagreements(parts: Sequence[Measured], pictures: Measured) -> Iterator[str
 
 
 def quality(latents: Path, reference: Path) -> Json:
-    """PSNR in dB of the first picture's latents: their largest value over the root mean square of the difference."""
-    ours, theirs = np.load(latents).astype(np.float64), np.load(reference).astype(np.float64)
-    error = ours - theirs
-    rms = float(np.sqrt((error**2).mean()))
-    psnr = None if rms == 0 else 20 * math.log10(float(np.abs(theirs).max()) / rms)
-    return {"psnr": psnr, "max_error": float(np.abs(error).max()), "reference": "portable engine, float32, cpu"}
+    """PSNR of the first picture's latents beside the reference's (`statistics.psnr`, dB); None: they are equal."""
+    ours, theirs = np.load(latents), np.load(reference)
+    value, most = psnr(ours, theirs), float(np.abs(ours - theirs).max())
+    return {
+        "psnr": value if math.isfinite(value) else None,
+        "max_error": most,
+        "reference": "portable engine, float32, cpu",
+    }
 
 
 def _failures(timings: Mapping[str, Timing | Failure]) -> dict[str, str]:
