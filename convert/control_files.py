@@ -135,7 +135,8 @@ def _control(checkpoint: Checkpoint, layout: Layout, base: WeightSource) -> Cont
     tensors = checkpoint.tensors
     low_rank = "lora_controlnet" in tensors
     # A Control-LoRA has NAME.up and NAME.down in the place of NAME.weight.
-    stems = {key.removesuffix(".up") for key in tensors if low_rank and key.endswith(".up")}
+    # In the file's order, so that the same file is refused in the same words every time.
+    stems = dict.fromkeys(key.removesuffix(".up") for key in tensors if low_rank and key.endswith(".up"))
     keys = [f"{stem}.weight" for stem in stems]
     keys += [
         key
