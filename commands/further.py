@@ -1,4 +1,4 @@
-"""What `glassine convert` says about further networks: control and transparency, beside a checkpoint or alone."""
+"""What `glassine convert` says about further networks, beside a checkpoint or alone: control, transparency, collage."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ further_options = options(
     click.option("--transparent", multiple=True, metavar="[KIND=]FILE",
                  help="A file of LayerDiffuse: decoder, encoder or a patch for the UNet; may be repeated. KIND, where "
                       "keys and name cannot tell: fg2bg, bg2fg, fg2ble, bg2ble; decoder or encoder for this family."),
+    click.option("--collage", type=click.IntRange(1, 64), is_flag=False, flag_value=8, metavar="[LAYERS]",
+                 help="Also a UNet that draws words where their layers lie (glassine collage), for so many layers with "
+                      "words at most; 8 if no number is said. With --base and no SOURCE it is added to that folder."),
     click.option("--patch-strength", type=click.FloatRange(-3, 3), default=1.0, show_default=True,
                  help="Of a LayerDiffuse patch for SDXL."),
     click.option("--offset-scale", type=float,
@@ -37,19 +40,28 @@ def further_of(asked: dict[str, Any]) -> tuple[Further, ...]:
 
     controls = [Control(Path(word)) for word in asked.pop("control")]
     listed = (partial(control_networks, controls),) if controls else ()
-    return (*listed, *_transparent(asked.pop("transparent"), asked))
+    return (*listed, *_transparent(asked.pop("transparent"), asked), *_collage(asked.pop("collage")))
 
 
-def further_of_file(source: Path, asked: dict[str, Any]) -> tuple[Further, ...]:
-    """What the one file adds to a folder that is there."""
+def further_of_file(source: Path | None, asked: dict[str, Any]) -> tuple[Further, ...]:
+    """What the one file adds to a folder that is there, or --collage without a file."""
     from glassine.convert.control import Control, control_networks
     from glassine.convert.control_files import is_control
     from glassine.convert.transparency import TransparentFile
 
+    collage = _collage(asked.pop("collage"))
+    if source is None:
+        return collage
     said = TransparentFile.parse(str(source)).kind  # KIND=FILE
     if said is None and is_control(source):
-        return (partial(control_networks, [Control(source, name=asked["name"], batch=asked["batch"])]),)
-    return _transparent((str(source),), asked)
+        return (partial(control_networks, [Control(source, name=asked["name"], batch=asked["batch"])]), *collage)
+    return (*_transparent((str(source),), asked), *collage)
+
+
+def _collage(layers: int | None) -> tuple[Further, ...]:
+    from glassine.convert.collage import collage_networks
+
+    return () if layers is None else (partial(collage_networks, layers),)
 
 
 def _transparent(words: Sequence[str], asked: dict[str, Any]) -> tuple[Further, ...]:
@@ -60,12 +72,14 @@ def _transparent(words: Sequence[str], asked: dict[str, Any]) -> tuple[Further, 
     return (partial(transparent_networks, files),) if files else ()
 
 
-def check_places(base: Path | None, out: Path | None, asked: dict[str, Any]) -> None:
+def check_places(source: Path | None, base: Path | None, out: Path | None, asked: dict[str, Any]) -> None:
     """Refuse a folder to make beside one to add to, and neither of them.
 
     Raises:
         click.UsageError: as said.
     """
+    if source is None and (base is None or asked["collage"] is None):
+        raise click.UsageError("Missing argument 'SOURCE': the checkpoint, or with --base what adds to that folder.")
     if base is None and out is None:
         raise click.UsageError("Missing argument 'OUT': the folder to make; or --base, one to add to.")
     if base is not None and out is not None:

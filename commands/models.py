@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path), required=False)
 @click.argument("out", type=FOLDER, required=False)
 @click.option(
     "--part",
@@ -104,7 +104,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
 @overwrite
 @as_json
-def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **asked: Any) -> None:
+def convert(source: Path | None, out: Path | None, base: Path | None, as_json: bool, **asked: Any) -> None:
     """Convert a checkpoint, or add networks to a model folder.
 
     SOURCE is a .safetensors file or a diffusers folder; OUT becomes a folder of .mlpackage files. Needs no network, no
@@ -118,12 +118,13 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
       glassine convert unet.safetensors parts --part unet --size 768x512 --attention einsum
       glassine convert control_v11p_sd15_canny.safetensors --base dreamshaper --name canny
       glassine convert vae_transparent_decoder.safetensors --base dreamshaper
+      glassine convert --base dreamshaper --collage
     """
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
     from glassine.convert.imports import import_coremltools_quietly_later
     from glassine.convert.palettize import Palette
 
-    check_places(base, out, asked)
+    check_places(source, base, out, asked)
     import_coremltools_quietly_later()
     if asked["palette"] is not None:
         asked["palette"] = Palette.read(asked["palette"])
@@ -131,6 +132,7 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
         refuse_extras(asked)
         _add(source, base, as_json, asked)
         return
+    assert source is not None
     assert out is not None
     asked["tokens"] = int(asked["tokens"])
     if asked["layout"] is None:
@@ -148,8 +150,8 @@ def convert(source: Path, out: Path | None, base: Path | None, as_json: bool, **
     give({"folder": str(out), "parts": parts, "decided": manifest.decided}, str(out), as_json)
 
 
-def _add(source: Path, base: Path, as_json: bool, asked: dict[str, Any]) -> None:
-    """Add the networks of one file to a folder."""
+def _add(source: Path | None, base: Path, as_json: bool, asked: dict[str, Any]) -> None:
+    """Add the networks of one file to a folder, or a UNet for collages."""
     from glassine.convert.addition import add_networks
 
     further = further_of_file(source, asked)
@@ -317,7 +319,8 @@ def verify(
             options=engine_of(asked),
             report=advance,
         )
-    lines = [f"{r.role:14} {r.psnr:6.1f} dB   largest error {r.max_error:.2e}" for r in reports]
+    width = max((len(r.role) for r in reports), default=0)
+    lines = [f"{r.role:{width}} {r.psnr:6.1f} dB   largest error {r.max_error:.2e}" for r in reports]
     give({r.role: {"psnr": r.psnr, "max_error": r.max_error} for r in reports}, "\n".join(lines), as_json)
     needed = note_palettes(model, reports, threshold)
     failed = [f"{r.role} is below {needed[r.role]:g} dB" for r in reports if not r.psnr >= needed[r.role]]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from glassine.convert.checkpoint import Checkpoint
 from glassine.convert.clone import link_or_copy
+from glassine.convert.collage import steered_collages
 from glassine.convert.digest import Files, digests
 from glassine.convert.index import SUFFIX, Index, Packed, Place, read_indices, save_index
 from glassine.convert.network import Base, ConvertOptions, Further, Network, Size
@@ -49,6 +50,7 @@ from glassine.models.config import SD2_BASE, SD15, SDXL, UNetConfig, restored
 if TYPE_CHECKING:
     from coremltools.converters.mil.mil import Program
 
+_IMPLIED = ("controlled_unet", "adapted_unet")  # what comes with other networks, and may be there already
 _FAMILIES = {family.name: family for family in (SD15, SD2_BASE, SDXL)}
 
 
@@ -92,7 +94,7 @@ def add_networks(
         base = base_of(folder, manifest)
         networks = _new(folder, manifest, [network for listed in further for network in listed(base)], overwrite)
         steered, patched = _controlled(folder, manifest, networks, base)
-        networks += steered
+        networks += [*steered, *steered_collages(_unets(manifest, networks), base)]
         homes = {"unet": PackagedWeights(folder, manifest, "unet"), **patched}
         hosts = {key: Host(weights, weights.plan, weights.cuts, weights.newest) for key, weights in homes.items()}
         networks = [_packed_as(network, homes["unet"].palette, palette) for network in networks]
@@ -334,10 +336,16 @@ def _spans(index: Index) -> Iterator[tuple[int, int]]:
         yield from weight.spans.items()
 
 
+def _unets(manifest: Manifest, networks: Sequence[Network]) -> dict[str, UNetConfig]:
+    """The UNets that the folder will have, by their keys."""
+    old = {k: restored(UNetConfig, part.config) for k, part in manifest.parts.items() if part.role.endswith("unet")}
+    return old | {network.key: network.config for network in networks if network.role.endswith("unet")}
+
+
 def _new(folder: Path, manifest: Manifest, networks: Sequence[Network], overwrite: bool) -> list[Network]:
     """Those that are not in the folder yet; what is there already is refused, replaced, or shared."""
     new = {network.key for network in networks}
-    shared = {n.key for n in networks if n.beside is not None and n.beside not in new and not n.changed}
+    shared = {n.key for n in networks if n.key in _IMPLIED and n.beside not in new}
     there = [network.key for network in networks if network.key in manifest.parts and network.key not in shared]
     if there and not overwrite:
         raise PackageError(f"{folder}: has a {there[0]} already; pass --overwrite to replace it")

@@ -13,6 +13,7 @@ import numpy as np
 
 from glassine import __version__
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
+from glassine.convert.collage import steered_collages
 from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import Files, digests
 from glassine.convert.extras import merged, with_extras
@@ -101,7 +102,9 @@ def convert_checkpoint(
     for listed in options.further:
         networks += listed(_base(checkpoint, detected, networks, options))
     if options.further:
-        networks += with_control(networks, _base(checkpoint, detected, networks, options))
+        base = _base(checkpoint, detected, networks, options)
+        unets = {network.key: network.config for network in networks if network.role.endswith("unet")}
+        networks += [*with_control(networks, base), *steered_collages(unets, base)]
     networks = [network.with_palette(options.palette) for network in networks]
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if any(network.role in TEXT_ROLES for network in networks) else {}

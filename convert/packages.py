@@ -50,6 +50,8 @@ _FEATURES = {
     "time_ids": "Heights and widths: original, crop and target; the refiner: original, crop and an aesthetic score.",
     "text_embeds": "The pooled output of the second text encoder.",
     "timestep_cond": "The guidance scale, as an embedding.",
+    "collage_table": "How strongly each token is drawn to the places of each mask; zeros change nothing.",
+    **{f"collage_masks_{level}": "Where the layers of a collage lie, at one level's size." for level in range(4)},
     "noise_pred": "What the model predicts of the noise.",
     "z": "A clean latent, divided by the latent scale.",
     "image": "The picture, RGB, -1 to 1.",

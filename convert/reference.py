@@ -89,8 +89,21 @@ def attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Tensor:
         return _shared_attention(w, x, context, heads)
     q = _split(dense(w / "to_q", x), heads)
     k, v = (_split(dense(w / name, context), heads) for name in ("to_k", "to_v"))
-    y = F.scaled_dot_product_attention(q, k, v)
+    bias = _layer_bias(w, q, k) if "collage_table" in w.given and context is not x else None
+    y = F.scaled_dot_product_attention(q, k, v, bias)
     return dense(w / "to_out" / 0, y.transpose(1, 2).flatten(2))
+
+
+def _layer_bias(w: Weights, q: Tensor, k: Tensor) -> Tensor:
+    """What Collage Diffusion adds to the scores of (B, heads, S, d): (B, 1, S, tokens), see models/collage.py."""
+    masks = next(
+        x.flatten(2)
+        for name, x in w.given.items()
+        if name.startswith("collage_masks_") and x[0, 0].numel() == q.shape[2]
+    )
+    wanted = torch.einsum("brq,btr->bqt", masks, w.given["collage_table"][:, :, 0])
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    return (wanted * scores.amax(dim=(1, 2))[:, None])[:, None]
 
 
 def _shared_attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Tensor:

@@ -35,7 +35,7 @@ from glassine.runtime.engine.interface import Interface
 Arrays = dict[str, NDArray[Any]]
 Report = Callable[[int, int, str], None]
 TEXT_ROLES = ("text_encoder", "text_encoder_2")
-UNET_ROLES = ("unet", "controlled_unet", "adapted_unet")
+UNET_ROLES = tuple(f"{how}{unet}" for unet in ("unet", "collage_unet") for how in ("", "controlled_", "adapted_"))
 JUDGED = (*TEXT_ROLES, *UNET_ROLES, "vae_decoder", "vae_encoder")  # what a checkpoint itself holds
 CONTROL_ROLES = ("control", "hint", "adapter")
 
@@ -252,7 +252,8 @@ def _unet_inputs(engine: Engine | Interface) -> Arrays:
     """What a UNet reads, and what the networks that steer it read."""
     rng = np.random.default_rng(0)
     pictures = {"controlnet_cond", "pixel", "argb"}
-    special = {"timestep", "time_ids", "control_type", "control_weight", *pictures}
+    masks = {name for name in engine.inputs if name.startswith("collage_masks_")}
+    special = {"timestep", "time_ids", "control_type", "control_weight", "collage_table", *masks, *pictures}
     given = {name: _normal(rng, engine, name) for name in engine.inputs if name not in special}
     shapes = {name: engine.inputs[name].shape for name in special if name in engine.inputs}
     if "timestep" in shapes:
@@ -260,7 +261,9 @@ def _unet_inputs(engine: Engine | Interface) -> Arrays:
         given["timestep"] = np.linspace(999, 21, rows).round().astype(np.float32)
     if "time_ids" in shapes:
         given["time_ids"] = rng.integers(0, 4096, shapes["time_ids"]).astype(np.float32)
-    for name in sorted(pictures & set(shapes)):
+    if "collage_table" in shapes:
+        given["collage_table"] = _normal(rng, engine, "collage_table", 0.2)
+    for name in sorted((pictures | masks) & set(shapes)):
         given[name] = rng.random(shapes[name]).astype(np.float16).astype(np.float32)
     if "control_weight" in shapes:
         given["control_weight"] = np.full(shapes["control_weight"], 0.75, np.float32)

@@ -89,36 +89,38 @@ def _split_channels_first(w: Scope, q: Var, k: Var, v: Var, heads: int) -> Var:
     """Scores are (B, keys, 1, queries): with keys in the channel axis both products are einsums without a transpose."""
     k = mb.transpose(x=k, perm=[0, 3, 2, 1], name=w.op("k_rows"))
     outs = []
-    for i, (qi, ki, vi) in enumerate(zip(_heads(q, heads, 1), _heads(k, heads, 3), _heads(v, heads, 1), strict=True)):
+    pieces = (split_heads(x, heads, axis) for x, axis in ((q, 1), (k, 3), (v, 1)))
+    for i, (qi, ki, vi) in enumerate(zip(*pieces, strict=True)):
         chunks = []
-        for j, chunk in enumerate(_query_chunks(qi, axis=3, keys=k.shape[1])):
+        for j, chunk in enumerate(query_chunks(qi, axis=3, keys=k.shape[1])):
             name = w.op(f"head{i}_{j}")
             scores = mb.einsum(values=(ki, chunk), equation="nchw,nwhu->nchu", name=f"{name}_scores")
             weights = mb.softmax(x=scores, axis=1, name=f"{name}_softmax")
             chunks.append(mb.einsum(values=(vi, weights), equation="nchw,nwhu->nchu", name=name))
-        outs.append(_join(chunks, axis=3))
-    return _join(outs, axis=1)
+        outs.append(join(chunks, axis=3))
+    return join(outs, axis=1)
 
 
 def _split_channels_last(w: Scope, q: Var, k: Var, v: Var, heads: int) -> Var:
     """As above for (B, S, C): scores are (B, queries, keys)."""
     outs = []
-    for i, (qi, ki, vi) in enumerate(zip(_heads(q, heads, 2), _heads(k, heads, 2), _heads(v, heads, 2), strict=True)):
+    pieces = (split_heads(x, heads, axis) for x, axis in ((q, 2), (k, 2), (v, 2)))
+    for i, (qi, ki, vi) in enumerate(zip(*pieces, strict=True)):
         chunks = []
-        for j, chunk in enumerate(_query_chunks(qi, axis=1, keys=k.shape[1])):
+        for j, chunk in enumerate(query_chunks(qi, axis=1, keys=k.shape[1])):
             name = w.op(f"head{i}_{j}")
             scores = mb.matmul(x=chunk, y=ki, transpose_y=True, name=f"{name}_scores")
             chunks.append(mb.matmul(x=mb.softmax(x=scores, axis=-1, name=f"{name}_softmax"), y=vi, name=name))
-        outs.append(_join(chunks, axis=1))
-    return _join(outs, axis=2)
+        outs.append(join(chunks, axis=1))
+    return join(outs, axis=2)
 
 
-def _heads(x: Var, heads: int, axis: int) -> list[Var]:
+def split_heads(x: Var, heads: int, axis: int) -> list[Var]:
     """Cut the channels, which are at `axis`, into heads."""
     return [x] if heads == 1 else list(mb.split(x=x, num_splits=heads, axis=axis))
 
 
-def _query_chunks(q: Var, *, axis: int, keys: int) -> list[Var]:
+def query_chunks(q: Var, *, axis: int, keys: int) -> list[Var]:
     """Cut the queries, which are at `axis`, so that no score matrix has more than QUERY_CHUNK rows and columns."""
     queries = q.shape[axis]
     if keys <= QUERY_CHUNK or queries <= QUERY_CHUNK:
@@ -127,7 +129,8 @@ def _query_chunks(q: Var, *, axis: int, keys: int) -> list[Var]:
     return list(mb.split(x=q, split_sizes=[QUERY_CHUNK] * whole + [rest] * (rest > 0), axis=axis))
 
 
-def _join(parts: list[Var], *, axis: int) -> Var:
+def join(parts: list[Var], *, axis: int) -> Var:
+    """Put what was cut back together."""
     return parts[0] if len(parts) == 1 else mb.concat(values=parts, axis=axis)
 
 
@@ -142,13 +145,13 @@ def _einsum_channels_first(w: Scope, q: Var, k: Var, v: Var, heads: int) -> Var:
 
 def einsum_channels_last(w: Scope, q: Var, k: Var, v: Var, heads: int, mask: Var | None = None) -> Var:
     """Attend with all heads at once; `mask` is added to the scores, (1, 1, queries, keys)."""
-    q, k, v = (_heads_from_channels_last(x, heads) for x in (q, k, v))
+    q, k, v = (heads_from_channels_last(x, heads) for x in (q, k, v))
     scores = mb.matmul(x=q, y=k, transpose_x=False, transpose_y=True, name=w.op("scores"))
     if mask is not None:
         scores = mb.add(x=scores, y=mask, name=w.op("masked"))
     weights = mb.softmax(x=scores, axis=-1, name=w.op("softmax"))
     out = mb.matmul(x=weights, y=v, transpose_x=False, transpose_y=False, name=w.op("heads"))
-    return _channels_last_from_heads(out)
+    return channels_last_from_heads(out)
 
 
 def _sdpa_channels_first(w: Scope, q: Var, k: Var, v: Var, heads: int) -> Var:
@@ -163,17 +166,17 @@ def _sdpa_channels_first(w: Scope, q: Var, k: Var, v: Var, heads: int) -> Var:
 
 
 def _sdpa_channels_last(w: Scope, q: Var, k: Var, v: Var, heads: int) -> Var:
-    q, k, v = (_heads_from_channels_last(x, heads) for x in (q, k, v))
-    return _channels_last_from_heads(mb.scaled_dot_product_attention(query=q, key=k, value=v, name=w.op("heads")))
+    q, k, v = (heads_from_channels_last(x, heads) for x in (q, k, v))
+    return channels_last_from_heads(mb.scaled_dot_product_attention(query=q, key=k, value=v, name=w.op("heads")))
 
 
-def _heads_from_channels_last(x: Var, heads: int) -> Var:
+def heads_from_channels_last(x: Var, heads: int) -> Var:
     """(B, S, C) -> (B, heads, S, d)."""
     batch, tokens, channels = x.shape
     return mb.transpose(x=mb.reshape(x=x, shape=(batch, tokens, heads, channels // heads)), perm=[0, 2, 1, 3])
 
 
-def _channels_last_from_heads(x: Var) -> Var:
+def channels_last_from_heads(x: Var) -> Var:
     """(B, heads, S, d) -> (B, S, C)."""
     batch, heads, tokens, width = x.shape
     return mb.reshape(x=mb.transpose(x=x, perm=[0, 2, 1, 3]), shape=(batch, tokens, heads * width))

@@ -49,6 +49,7 @@ class UNetConfig:
     condition_channels: int = 0  # of `in_channels`: clean latents, an input of their own (LayerDiffuse on SDXL 4 or 8)
     frames: int = 0  # pictures drawn together, row by row of a sample, by attention sharing (LayerDiffuse on SD 1.5)
     frame_control: bool = False  # inputs for what a picture that is given adds to every attention of every frame
+    collage: int = 0  # layers, at most, whose words are drawn to where they lie (Collage Diffusion)
 
     def __post_init__(self) -> None:
         """Refuse numbers that describe no network.

@@ -15,6 +15,7 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Program
 
 from glassine.models.attention import Attend, attention, to_image, to_tokens, transformer_block
+from glassine.models.collage import MASKS, MASKS_A_LAYER, TABLE, LayerBias, biased_attention, mask_sizes
 from glassine.models.config import Attention, Layout, UNetConfig
 from glassine.models.layers import (
     Inputs,
@@ -59,6 +60,8 @@ def unet(
         Controlled: additional_residual_0 ... (B, C, h, w) fp32, as `skip_shapes`, the last one for the middle.
         Adapted: adapter_residual_0 ... (B, C, h, w) fp32, see `feature_shapes`.
         Conditioned: condition (B, condition_channels, height, width) fp16, clean latents; `sample` is 4 channels then.
+        Collage: collage_masks_LEVEL (B, 2 x layers, h, w) fp16 for every level that reads text, and collage_table
+            (B, tokens, 1, 2 x layers) fp16, see `collage.py`.
         Frames: B is samples x frames; where a picture is given, `control_name` of every attention (frames, C, h, w).
 
     Output: noise_pred (B, out_channels, height, width) fp32.
@@ -75,6 +78,11 @@ def unet(
         inputs["text_embeds"] = ((batch, config.pooled_dim), np.float16)
     if config.timestep_cond_dim is not None:
         inputs["timestep_cond"] = ((batch, config.timestep_cond_dim), np.float16)
+    if config.collage:
+        count = MASKS_A_LAYER * config.collage
+        for level, cells in mask_sizes(config, height, width).items():
+            inputs[f"{MASKS}{level}"] = ((batch, count, *cells), np.float16)
+        inputs[TABLE] = ((batch, tokens, 1, count), np.float16)
     inputs |= _steering_inputs(config, batch, height, width)
     net = UNet(config, Scope(weights, attention, layout))
     return build(inputs, net.predict, attention=attention)
@@ -151,7 +159,12 @@ class UNet:
         if self.config.condition_channels:
             sample = mb.concat(values=(sample, embeddings.pop("condition")), axis=1, name="conditioned")
         control = {name: embeddings.pop(name) for name in list(embeddings) if name.endswith("_control")}
+        table = embeddings.pop(TABLE, None)
+        masks = [embeddings.pop(name) for name in list(embeddings) if name.startswith(MASKS)]
         given = self.given(self.embed(timestep, **embeddings), encoder_hidden_states)
+        if table is not None:
+            bias = LayerBias({mask.shape[2] * mask.shape[3]: mask for mask in masks}, table)
+            given = replace(given, attend=partial(biased_attention, bias=bias))
         if self.config.frames:
             given = replace(given, attend=partial(shared_attention, frames=Frames(self.config.frames, control)))
         kept = self.down(conv(self.w / "conv_in", sample, self.config.channels[0]), given, features)
