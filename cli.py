@@ -17,9 +17,10 @@ from glassine.commands.batch import batch
 from glassine.commands.bench import bench
 from glassine.commands.cache import cache
 from glassine.commands.draw import fan, generate, show_map
+from glassine.commands.inspect import inspect
 from glassine.commands.layers import compose, layers
 from glassine.commands.lora import lora
-from glassine.commands.models import convert, inspect, verify
+from glassine.commands.models import convert, verify
 from glassine.commands.preprocess import preprocess
 from glassine.commands.recipe import recipe
 from glassine.commands.tune import tune
