@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,9 +12,6 @@ from glassine.commands.inspect import decisions
 from glassine.commands.locate import show_faults
 from glassine.commands.lora import extras_of, extras_options, previews_of, refuse_extras
 from glassine.commands.options import FOLDER, as_json, bar, engine_of, engine_options, give, overwrite, read_size, say
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
