@@ -68,7 +68,7 @@ def _faults(
     from glassine.manifest import Manifest
     from glassine.runtime.engine.contract import check_inputs
     from glassine.runtime.engine.interface import read_interface
-    from glassine.runtime.engine.portable.locate import locate
+    from glassine.runtime.engine.portable.locate import locate_change, locate_rounding
 
     manifest = Manifest.read(model)
     detected = detect_again(model, manifest, source, given, parts, allow_pickle)
@@ -95,7 +95,7 @@ def _faults(
             interface = read_interface(package, function)
             arrays = check_inputs(str(package), interface.inputs, inputs_of(part.role, detected, interface))
             if part.palette is None:  # what is stored in fewer bits differs from the source everywhere
-                fault = locate(
+                fault = locate_change(
                     package,
                     anew / again.file,
                     arrays,
@@ -104,15 +104,7 @@ def _faults(
                     reference_function=again.about.get("function"),
                 )
                 yield role, "against its source", fault
-            fault = locate(
-                package,
-                package,
-                arrays,
-                threshold=ROUNDING,
-                precision="fp16",
-                function=function,
-                reference_function=function,
-            )
+            fault = locate_rounding(package, arrays, threshold=ROUNDING, function=function)
             yield role, "fp16 against fp32", fault
 
 

@@ -19,15 +19,20 @@ _RELEASE_EVERY = 64 << 20
 
 
 class Constants:
-    """Names bound by `const` and `constexpr_*`, converted on first use."""
+    """Names bound by `const` and `constexpr_*`, converted on first use.
 
-    def __init__(self, program: Program, numerics: Numerics) -> None:
+    Attributes:
+        records: of the weight files, as tensors; float32 whatever the precision, so that executables may share them.
+    """
+
+    def __init__(self, program: Program, numerics: Numerics, records: dict[Any, Tensor]) -> None:
         self._program = program
         self._numerics = numerics
         self._bound: dict[str, Constant | NDArray[Any]] = {}
         self._dtypes: dict[str, str] = {}
         self._pending: dict[str, tuple[Operation, int]] = {}
-        self._tensors: dict[Any, Tensor] = {}
+        self._tensors: dict[Any, Tensor] = {}  # decompressed
+        self.records = records
         self._read = 0
 
     def __contains__(self, name: str) -> bool:
@@ -62,11 +67,11 @@ class Constants:
         """Return a constant in the form a kernel wants. The same record is the same tensor, whoever reads it."""
         key = (id(constant.file), constant.offset, constant.type) if constant.file is not None else None
         wants_tensor = form in ("Tensor", "Value")
-        if key is not None and wants_tensor and key in self._tensors:
-            return self._tensors[key]
+        if key is not None and wants_tensor and key in self.records:
+            return self.records[key]
         value = from_constant(form, self._array(constant), constant.type.dtype, self._numerics)
         if key is not None and isinstance(value, Tensor):
-            self._tensors[key] = value
+            self.records[key] = value
         return value
 
     def _array(self, constant: Constant) -> NDArray[Any]:

@@ -78,8 +78,18 @@ class Argument:
 class Executable:
     """One compiled function: tensors in by name, values out by name."""
 
-    def __init__(self, program: Program, function: Function, numerics: Numerics, *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        program: Program,
+        function: Function,
+        numerics: Numerics,
+        *,
+        fused: bool = True,
+        records: dict[Any, Tensor] | None = None,
+    ) -> None:
         """Compile; with `fused`, float32 programs run rewritten (`fusion.py`).
+
+        records: those of another executable of the same program, on the same device, to hold them once.
 
         Raises:
             EngineError: an operation the engine does not have, or a constant of a wrong form.
@@ -87,7 +97,8 @@ class Executable:
         self.function = function
         self.numerics = numerics
         require_kernels(program, function)
-        compiler = _Compiler(program, function, numerics)
+        compiler = _Compiler(program, function, numerics, records if records is not None else {})
+        self.records = compiler.constants.records
         body = fuse(function.body) if fused and not numerics.rounds else function.body
         self._plan = compiler.compile(body)
         self._results = tuple(
@@ -157,10 +168,10 @@ def require_kernels(program: Program, function: Function) -> None:
 class _Compiler:
     """Turns operations into steps. Slots are shared by nested blocks, which see the names around them."""
 
-    def __init__(self, program: Program, function: Function, numerics: Numerics) -> None:
+    def __init__(self, program: Program, function: Function, numerics: Numerics, records: dict[Any, Tensor]) -> None:
         self.function = function
         self.numerics = numerics
-        self.constants = Constants(program, numerics)
+        self.constants = Constants(program, numerics, records)
         self.slots: dict[str, int] = {}
         self.initial: Environment = []
 
@@ -316,7 +327,7 @@ def _last_uses(block: Block) -> dict[int, list[str]]:
     own = {variable.name for variable in block.inputs}
     for index, operation in enumerate(block.operations):
         own |= {variable.name for variable in operation.outputs}
-        for name in _reads(operation):
+        for name in reads(operation):
             last[name] = index
         for variable in operation.outputs:
             last.setdefault(variable.name, index)
@@ -329,12 +340,13 @@ def _last_uses(block: Block) -> dict[int, list[str]]:
     return uses
 
 
-def _reads(operation: Operation) -> set[str]:
+def reads(operation: Operation) -> set[str]:
+    """The names that an operation, or one inside of it, reads."""
     names = {item for bound in operation.inputs.values() for item in bound if isinstance(item, str)}
     for block in operation.blocks:
         names |= set(block.outputs)
         for inner in block.operations:
-            names |= _reads(inner)
+            names |= reads(inner)
     return names
 
 

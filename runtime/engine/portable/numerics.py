@@ -39,6 +39,7 @@ _TORCH = {
     "uint32": torch.int64,
     "uint64": torch.int64,
 }
+_PIECE = 1 << 20  # numbers that are rounded at a time: attention has results of gigabytes
 # The names the `dtype` parameter of cast and its like takes.
 MIL_NAMES = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -83,15 +84,17 @@ class Numerics:
         Raises:
             EngineError: a finite value became infinite; the message names `operation` and the value.
         """
-        rounded = value.half().float()
-        if bool(torch.isinf(rounded).any()):
-            overflowed = torch.isinf(rounded) & torch.isfinite(value)
-            if bool(overflowed.any()):
-                worst = float(value[overflowed].abs().max())
-                raise EngineError(
-                    f"{operation} overflows float16: it computed {worst:.6g}, the largest float16 is 65504; "
-                    "keep this part of the program in float32 or scale its input down"
-                )
+        rounded = torch.empty_like(value, memory_format=torch.contiguous_format)
+        for flat, exact in zip(rounded.view(-1).split(_PIECE), value.reshape(-1).split(_PIECE), strict=True):
+            flat.copy_(exact.half())
+            if bool(torch.isinf(flat).any()):
+                overflowed = torch.isinf(flat) & torch.isfinite(exact)
+                if bool(overflowed.any()):
+                    worst = float(exact[overflowed].abs().max())
+                    raise EngineError(
+                        f"{operation} overflows float16: it computed {worst:.6g}, the largest float16 is 65504; "
+                        "keep this part of the program in float32 or scale its input down"
+                    )
         return rounded
 
 
