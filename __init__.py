@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from glassine.runtime.collage import Collage, Layer
     from glassine.runtime.control import Control
     from glassine.runtime.pipeline import Pipeline
 
 __version__ = "0.3.0"
-__all__ = ["Control", "Pipeline", "__version__"]
+__all__ = ["Collage", "Control", "Layer", "Pipeline", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> object:
         from glassine.runtime.control import Control
 
         return Control
+    if name in ("Collage", "Layer"):
+        from glassine.runtime import collage
+
+        return getattr(collage, name)
     raise AttributeError(f"module 'glassine' has no attribute {name!r}")

@@ -13,6 +13,7 @@ gradient over 20 steps has 21 tones. How a tone becomes n is a rule:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -115,6 +116,21 @@ def soften(mask: NDArray[np.bool_], radius: float) -> Map:
         return mask.astype(np.float32)
     near = np.clip(distance(mask, int(np.ceil(radius))) / np.float32(radius), 0, 1)
     return np.asarray(1 - near * near * (3 - 2 * near), dtype=np.float32)
+
+
+def blurred(change: Map, sigma: float) -> Map:
+    """Return a map (H, W) smoothed by a Gaussian of `sigma` pixels, cut off at three of them; its edges go on."""
+    reach = math.ceil(3 * sigma)
+    if reach == 0 or change.min() == change.max():
+        return change
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).astype(np.float32)
+    for axis, side in enumerate(change.shape):
+        padded = np.pad(change, [(reach, reach) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
+        change = sum(
+            weight * np.take(padded, range(shift, shift + side), axis=axis) for shift, weight in enumerate(kernel)
+        )
+    return np.asarray(np.clip(change, 0, 1), np.float32)
 
 
 def distance(mask: NDArray[np.bool_], reach: int) -> Map:

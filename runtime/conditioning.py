@@ -8,7 +8,7 @@ fewer chunks is repeated or padded to it, and what exceeds it is cut and named i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,15 +42,16 @@ class EncodedPrompt:
 
 @dataclass(slots=True)
 class Chunk:
-    """Up to 75 token ids and their weights."""
+    """Up to 75 token ids, their weights, and which of the prompt's tokens each is, counted from 0."""
 
-    ids: list[int]
-    weights: list[float]
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def tail(self, start: int) -> Chunk:
         """Cut everything from `start` on off and return it."""
-        rest = Chunk(self.ids[start:], self.weights[start:])
-        del self.ids[start:], self.weights[start:]
+        rest = Chunk(self.ids[start:], self.weights[start:], self.numbers[start:])
+        del self.ids[start:], self.weights[start:], self.numbers[start:]
         return rest
 
 
@@ -85,8 +86,7 @@ def encode_prompt(
     if tokens % CHUNK or tokens < CHUNK:
         raise RequestError(f"the context has {tokens} tokens, expected a multiple of {CHUNK}")
     spans = parse_prompt(text)
-    chunks, cut = split_chunks(tokenizer, spans, limit=tokens // CHUNK)
-    chunks = _filled(chunks, tokens // CHUNK)
+    chunks, cut = chunks_of(tokenizer, spans, tokens)
     encoded: dict[tuple[int, ...], tuple[Float, Float | None]] = {}
     states = []
     for chunk in chunks:
@@ -108,6 +108,12 @@ def side_by_side(encoded: Sequence[EncodedPrompt]) -> EncodedPrompt:
     return EncodedPrompt(context=context, pooled=encoded[-1].pooled, notices=encoded[0].notices)
 
 
+def chunks_of(tokenizer: Tokenizer, spans: Iterable[Span], tokens: int) -> tuple[list[Chunk], list[int | None]]:
+    """Return the chunks that fill a context of `tokens` tokens, and what found no room in them."""
+    chunks, cut = split_chunks(tokenizer, spans, limit=tokens // CHUNK)
+    return _filled(chunks, tokens // CHUNK), cut
+
+
 def split_chunks(tokenizer: Tokenizer, spans: Iterable[Span], *, limit: int) -> tuple[list[Chunk], list[int | None]]:
     """Cut weighted spans into at most `limit` chunks, at least one, and return what found no room too.
 
@@ -115,23 +121,26 @@ def split_chunks(tokenizer: Tokenizer, spans: Iterable[Span], *, limit: int) -> 
     there is no next chunk to carry the words to. For the same reason a BREAK in the last chunk is passed over, and
     stands as None among the ids without room. An embedding's tokens stay together: what is left of a chunk is padded.
     """
-    chunks = [Chunk([], [])]
+    chunks = [Chunk()]
     cut: list[int | None] = []
+    number = 0
     for ids, weight in _weighted_ids(tokenizer, spans):
         chunk, last = chunks[-1], len(chunks) == limit
         full = ids is not None and len(chunk.ids) + len(ids) > TEXT
         if last and (full or ids is None):
             cut += [None] if ids is None else ids
         elif ids is None:
-            chunks.append(Chunk([], []))
+            chunks.append(Chunk())
         else:
             if full and len(ids) > 1:
-                chunks.append(Chunk([], []))
+                chunks.append(Chunk())
             elif full:
                 start = TEXT if ids[0] == tokenizer.comma else _break_at(chunk.ids, tokenizer.comma)
                 chunks.append(chunk.tail(start))
             chunks[-1].ids += ids
             chunks[-1].weights += [weight] * len(ids)
+            chunks[-1].numbers += range(number, number + len(ids))
+        number += 0 if ids is None else len(ids)
     if len(chunks) > 1 and not chunks[-1].ids:
         chunks.pop()  # a BREAK at the end opens no chunk
     return chunks, cut
@@ -193,7 +202,7 @@ def _filled(chunks: list[Chunk], count: int) -> list[Chunk]:
     """
     if count % len(chunks) == 0:
         return chunks * (count // len(chunks))
-    return chunks + [Chunk([], [])] * (count - len(chunks))
+    return chunks + [Chunk()] * (count - len(chunks))
 
 
 def _encode(predict: Predict, ids: tuple[int, ...], clip_skip: int, own_skip: int) -> tuple[Float, Float | None]:

@@ -77,6 +77,8 @@ def _ready(
     control_map, described, further = _map(control, picture.size, size, fit)
     if described is not None:
         files["map"] = described
+    if control_map is None:
+        control_map = inputs.control_map
     return ReadyControl(control=control, hint=made.values, map=control_map, files=files, notices=(*notices, *further))
 
 

@@ -28,6 +28,7 @@ from glassine.runtime.image import (
     read_picture,
     to_model,
 )
+from glassine.runtime.layer_attention import PlacedWords
 from glassine.runtime.metadata import Record, file_sha256
 
 Float = NDArray[np.float32]
@@ -71,6 +72,8 @@ class Inputs:
     context, negative_context: (1, tokens, width) conditioning made elsewhere; SDXL's comes with pooled, negative_pooled
         (1, d).
     layers: (H, W, 4) uint8, straight alpha, the pictures that a layer model is given, by their names ("fg", "bg").
+    control_map: (H, W) float32 in [0, 1], how much controls count where, if they have no map of their own.
+    words: which words of the prompt belong where, of a collage.
     controls: what steers it beside the prompt, see `control_pictures.with_controls`.
     files: what image and map were, for the picture's metadata. notices: what was done to them, for the user.
     """
@@ -86,6 +89,8 @@ class Inputs:
     pooled: Float | None = None
     negative_pooled: Float | None = None
     layers: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    control_map: Float | None = None
+    words: PlacedWords | None = None
     controls: tuple[ReadyControl, ...] = ()
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()

@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.errors import PackageError
+from glassine.errors import PackageError, RequestError
 from glassine.manifest import Manifest, Prediction
 from glassine.runtime.branches import PIX2PIX
 from glassine.runtime.conditioning import EncodedPrompt, encode_prompt, side_by_side
@@ -48,6 +48,9 @@ from glassine.runtime.run import Run
 from glassine.runtime.schedule import NoiseSchedule
 from glassine.runtime.tokenizer import Tokenizer
 from glassine.runtime.tuned import Choices, Chosen, files_of
+
+if TYPE_CHECKING:
+    from glassine.runtime.collage import Collage
 
 Float = NDArray[np.float32]
 Output = Literal["pil", "numpy", "latent"]
@@ -134,7 +137,7 @@ class Pipeline:
         self,
         prompt: str = "",
         *,
-        image: Source | None = None,
+        image: Source | Collage | None = None,
         change_map: Source | None = None,
         mask: Source | None = None,
         softness: float = 0.0,
@@ -147,7 +150,8 @@ class Pipeline:
 
         Args:
             prompt: what to draw, in A1111's syntax.
-            image: the picture to change: a path, PIL image or (H, W, 3) uint8 array.
+            image: the picture to change: a path, PIL image or (H, W, 3) uint8 array; or a `Collage`, which is its own
+                change map too (docs/collage.md).
             change_map: how much each pixel of it may change: a path, array in [0, 1] or words (docs/change-maps.md).
             mask, softness: instead of a map: what may change, and pixels of soft border outside it.
             controls: networks that steer the picture, such as Control("canny", "edges.png"); docs/control.md.
@@ -163,12 +167,26 @@ class Pipeline:
         maps = MapSource(map=change_map, mask=mask, softness=softness)
         request = self.request({"prompt": prompt, **settings}, image_alone=image is not None and maps.source is None)
         arrays = inputs if inputs is not None else {}
-        read = read_inputs(image, maps, *self.size, fit=request.fit, keep_alpha=request.transparent, **arrays)
+        read = self._read(image, maps, request, arrays)
         read = with_controls(read, controls, self.size, request.fit, engine=self._options)
         result = self.run(request, read).finish()
         if output == "latent":
             return result.latents
         return result.pixels if output == "numpy" else result.image
+
+    def _read(
+        self, image: Source | Collage | None, maps: MapSource, request: Request, arrays: Mapping[str, Any]
+    ) -> Inputs:
+        """The source picture and its map, of the model's size; `arrays` are further fields of `Inputs`."""
+        from glassine.runtime.collage import Collage, collage_inputs
+
+        if not isinstance(image, Collage):
+            return read_inputs(image, maps, *self.size, fit=request.fit, keep_alpha=request.transparent, **arrays)
+        if maps.source is not None:
+            raise RequestError(
+                "a collage is its own change map: say it layer by layer, and leave change_map and mask out"
+            )
+        return replace(collage_inputs(self, image, request), **arrays)
 
     def request(self, settings: Mapping[str, Any], *, image_alone: bool = False) -> Request:
         """Return the request that `settings` ask for; what they leave open is this model's own, then Glassine's.
@@ -278,6 +296,14 @@ class Pipeline:
         """What this model's UNet predicts; a request speaks of the base, not of a refiner."""
         said = None if self._refines else request.prediction_type
         return self.manifest.prediction_type if said is None else said
+
+    def inputs(self, role: str) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """The inputs of a part, each with shape and dtype.
+
+        Raises:
+            PackageError: the model has no such part.
+        """
+        return self._chosen(role).part.inputs
 
     @property
     def unet_inputs(self) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from glassine.manifest import Manifest
 from glassine.runtime.branches import INPAINTING, PIX2PIX
 from glassine.runtime.inputs import Inputs
+from glassine.runtime.layer_attention import COLLAGE_UNET
 from glassine.runtime.request import Request
 
 Stage = Literal["text", "encode", "denoise", "refine", "decode"]
@@ -82,6 +83,11 @@ def needs(
     return tuple(dict.fromkeys(need for need in wanted if _has(refiner if need.refines else model, need.role, size)))
 
 
+def unet_of(inputs: Inputs) -> str:
+    """The UNet that draws one opaque picture: a collage's, where words belong to places."""
+    return "unet" if inputs.words is None else COLLAGE_UNET
+
+
 def _has(model: Manifest | None, role: str, size: Size) -> bool:
     return model is not None and model.part(role, size) is not None
 
@@ -107,7 +113,7 @@ def _roles(request: Request, inputs: Inputs, model: Manifest, size: Size, steps:
         if about.get("control") is not None:
             yield f"{kind}_control"
         if not layered or request.stop_at > 0:
-            yield from _steered(f"{kind}_unet" if layered else "unet", inputs, steps, own)
+            yield from _steered(f"{kind}_unet" if layered else unet_of(inputs), inputs, steps, own)
         if layered and request.stop_at < 1:
             yield from _steered("unet", inputs, steps, own)
     if steps or inputs.pixels is None:

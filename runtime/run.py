@@ -18,12 +18,13 @@ from glassine.runtime.branches import PIX2PIX, guidance_of
 from glassine.runtime.change_map import n_table, to_cells
 from glassine.runtime.control import recorded
 from glassine.runtime.decode import CELL, composite, decode_latents, preview
-from glassine.runtime.denoiser import Denoiser, Relay
+from glassine.runtime.denoiser import Control, Denoiser, Relay
 from glassine.runtime.inputs import Inputs
+from glassine.runtime.layer_attention import COLLAGE_UNET, LayerAttention
 from glassine.runtime.loop import Model, Step, denoising_steps
 from glassine.runtime.metadata import text_chunks
 from glassine.runtime.noise import StepNoise, randn
-from glassine.runtime.plan import Need, needs
+from glassine.runtime.plan import Need, needs, unet_of
 from glassine.runtime.request import Request
 from glassine.runtime.samplers import SAMPLERS, Sampler
 from glassine.runtime.schedule import NoiseSchedule, Sigmas, handover, last_steps, make_sigmas
@@ -217,16 +218,21 @@ class Run:
         """One UNet with what its branches read."""
         inputs = self._inputs
         if pipe is not self._pipe:  # a refiner has a text encoder of its own
-            inputs = dataclasses.replace(inputs, context=None, pooled=None, negative_context=None, negative_pooled=None)
+            inputs = dataclasses.replace(
+                inputs, context=None, pooled=None, negative_context=None, negative_pooled=None, words=None
+            )
         guidance, notices = guidance_of(pipe, self.request, inputs, self.n)
-        unet = self._steered(pipe, "unet")
+        unet = self._steered(pipe, unet_of(inputs))
+        control: Control | None = unet.control
+        if inputs.words is not None:
+            control = LayerAttention(inputs.words, pipe.inputs(COLLAGE_UNET), unet.rows, unet.control)
         denoiser = Denoiser(
             unet.predict,
             pipe.schedule,
             guidance,
             rows=unet.rows,
             prediction=pipe.prediction(self.request),
-            control=unet.control,
+            control=control,
         )
         return denoiser, notices
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glassine.errors import PackageError, RequestError
 
@@ -50,6 +50,17 @@ def clean(text: str) -> str:
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
+
+
+class Piece(NamedTuple):
+    """A part of a clean text that is spelled by itself: a word, a digit, signs, an added word.
+
+    ids: its tokens; None where a small vocabulary cannot spell it.
+    """
+
+    start: int
+    end: int
+    ids: list[int] | None
 
 
 class Tokenizer:
@@ -142,7 +153,7 @@ class Tokenizer:
         """Return the words of `text` that a small vocabulary does not have as one token; none for CLIP's own."""
         if len(self._ids) >= _SMALL:
             return []
-        texts = [part for part in self._cut(clean(text)) if isinstance(part, str)]
+        texts = [part for _, part in self._cut(clean(text)) if isinstance(part, str)]
         pieces = dict.fromkeys(piece for part in texts for piece in self._pieces.findall(part))
         return [piece for piece in pieces if piece.isalpha() and len(self._symbols(piece)) > 1]
 
@@ -152,23 +163,27 @@ class Tokenizer:
         Raises:
             RequestError: a small vocabulary cannot spell some words; the message names them and those it knows.
         """
-        ids: list[int] = []
-        unknown: list[str] = []
-        for part in self._cut(clean(text)):
-            if isinstance(part, range):
-                ids += part
-                continue
-            for piece in self._pieces.findall(part):
-                try:
-                    ids += [self._ids[symbol] for symbol in self._symbols(piece)]
-                except KeyError:
-                    unknown.append(piece)
+        text = clean(text)
+        pieces = list(self.pieces(text))
+        unknown = [text[piece.start : piece.end] for piece in pieces if piece.ids is None]
         if unknown:
             raise RequestError(
                 f"prompt: this model does not know {', '.join(map(repr, dict.fromkeys(unknown)))}; "
                 f"it knows {', '.join(self.words)}"
             )
-        return ids
+        return [id for piece in pieces for id in piece.ids or ()]
+
+    def pieces(self, text: str) -> Iterator[Piece]:
+        """Cut a clean text into what is spelled by itself, and say how."""
+        for start, part in self._cut(text):
+            if isinstance(part, Piece):
+                yield part
+                continue
+            for match in self._pieces.finditer(part):
+                symbols = self._symbols(match.group())
+                known = all(symbol in self._ids for symbol in symbols)
+                ids = [self._ids[symbol] for symbol in symbols] if known else None
+                yield Piece(start + match.start(), start + match.end(), ids)
 
     def decode(self, ids: list[int]) -> str:
         """Return text that encodes to `ids`: lower case, every piece followed by a space, special tokens left out."""
@@ -183,14 +198,14 @@ class Tokenizer:
                 data += b"".join(b" " if symbol == " " else bytes([inverse[symbol]]) for symbol in token)
         return data.decode("utf-8", errors="replace").strip()
 
-    def _cut(self, text: str) -> Iterator[str | range]:
-        """Cut clean text into words that were added, as their ids, and what lies between them."""
+    def _cut(self, text: str) -> Iterator[tuple[int, str | Piece]]:
+        """Cut clean text into words that were added and what lies between them, and say where each begins."""
         at = 0
         for match in self._triggers.finditer(text) if self._triggers is not None else ():
-            yield text[at : match.start()]
-            yield self._added[match.group()]
+            yield at, text[at : match.start()]
+            yield match.start(), Piece(match.start(), match.end(), list(self._added[match.group()]))
             at = match.end()
-        yield text[at:]
+        yield at, text[at:]
 
     def _symbols(self, piece: str) -> list[str]:
         """Return the tokens of one piece: its byte symbols, merged in the order of the ranks."""
