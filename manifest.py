@@ -16,6 +16,7 @@ FORMAT_VERSION = 1
 FILE_NAME = "glassine.json"
 STORE = ".glassine"  # of a model folder: what Glassine keeps for itself
 WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"  # of a package
+TUNED = "tuned_"  # of the role of a part that is another form of the network of the role behind it
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -169,9 +170,9 @@ class Manifest:
 def finish_swap(folder: Path) -> None:
     """Finish a change of weights that was interrupted after it had been decided: rename what waits into place.
 
-    `convert/swap.py` puts every new weight.bin as PACKAGE.bin, whatever else is new (whole packages too), and the new
-    manifest, into one folder and gives that its name when all is there. Renaming a file that another process has
-    renamed already is no error.
+    `convert/swap.py` puts every new weight.bin as PACKAGE.bin, whatever else is new (whole packages too), an empty
+    X.gone for every X that is to go, and the new manifest, into one folder and gives that its name when all is there.
+    Renaming a file that another process has renamed already is no error.
 
     Raises:
         PackageError: the folder cannot be written, so its parts do not fit one another.
@@ -184,6 +185,11 @@ def finish_swap(folder: Path) -> None:
         for file in sorted(waiting.iterdir(), key=lambda file: (file.name == FILE_NAME, file.name)):
             target = folder / file.stem / WEIGHT_FILE if file.suffix == ".bin" else folder / file.name
             with suppress(FileNotFoundError):
+                if file.suffix == ".gone" and Path(file.stem).suffix in (".mlpackage", ".json"):  # not of ".."
+                    target = folder / file.stem
+                    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+                    file.unlink()
+                    continue
                 if file.is_dir():  # a package takes the place of an old one
                     shutil.rmtree(target, ignore_errors=True)
                 file.rename(target)

@@ -11,6 +11,7 @@ import click
 
 from glassine.commands.options import FOLDER, UNITS, as_json, give, say
 from glassine.errors import EngineError, PackageError
+from glassine.manifest import TUNED
 
 if TYPE_CHECKING:
     from glassine.runtime.engine import EngineOptions
@@ -154,7 +155,7 @@ def warm(model: Path, units: Any, retry: bool, timeout: float, as_json: bool) ->
 def _packages(found: Model, options: EngineOptions) -> Iterator[tuple[Path, str | None, EngineOptions]]:
     """Every package that pictures are drawn with, once for each function that is used, and how it is run."""
     from glassine.runtime.bench.model import parts_of
-    from glassine.runtime.tuned import PREFIX, Choices, files_of
+    from glassine.runtime.tuned import Choices, files_of
 
     seen = set()
     for size in found.manifest.sizes:
@@ -162,7 +163,7 @@ def _packages(found: Model, options: EngineOptions) -> Iterator[tuple[Path, str 
         for notice in choices.notices:
             say(f"note: {notice}")
         for role, part in parts_of(found.manifest, size).items():
-            if role.startswith(PREFIX):  # another form of a part, which plays it or is not used
+            if role.startswith(TUNED):  # another form of a part, which plays it or is not used
                 continue
             chosen = choices.of(role, part)
             function = chosen.part.about.get("function")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,8 +14,10 @@ import click
 
 from glassine.commands.options import FOLDER, as_json, give, model_size, say
 from glassine.errors import PackageError
+from glassine.manifest import FILE_NAME
 
 if TYPE_CHECKING:
+    from glassine.manifest import Part
     from glassine.runtime.foreign import Model
     from glassine.runtime.tuned import Choice
     from glassine.runtime.tuning import Tried
@@ -42,11 +45,11 @@ def read_duration(words: str) -> float:
 def tune(model: Path, budget: float, parts: tuple[str, ...], reset: bool, as_json: bool, **asked: Any) -> None:
     """Find out how a model runs fastest on this machine.
 
-    Times every part on the Neural Engine, the GPU, all units and the CPU, and the UNet also with other attention and
+    Times every part on the Neural Engine, the GPU, all units and the CPU, and every UNet also with other attention and
     other numbers of rows a call; where there is no Core ML, on the devices that PyTorch has. What crashes, hangs,
     returns NaN or differs from the reference is not chosen. From then on pictures of the model are drawn as was found,
-    unless --units or --device say otherwise. A form of the UNet that won becomes a part of the folder, on the same
-    weights. The choices are in GLASSINE_CONFIG, or where the system keeps settings.
+    unless --units or --device say otherwise. A form of a UNet that won becomes a part of the folder, on the same
+    weights, which --reset removes again. The choices are in GLASSINE_CONFIG, or where the system keeps settings.
 
     \b
     Example:
@@ -61,6 +64,7 @@ def tune(model: Path, budget: float, parts: tuple[str, ...], reset: bool, as_jso
     from glassine.runtime.tuned import place_of
     from glassine.runtime.tuning import Tuner, candidates
 
+    ends = time.monotonic() + budget
     found = read_model(model)
     size = asked["size"] if asked["size"] is not None else found.manifest.sizes[0]
     options = EngineOptions(engine=asked["engine"], tell=say)
@@ -69,24 +73,24 @@ def tune(model: Path, budget: float, parts: tuple[str, ...], reset: bool, as_jso
         sizes = ", ".join(f"{width}x{height}" for width, height in found.manifest.sizes)
         raise PackageError(f"{model}: has no UNet of {size[0]}x{size[1]}; it was converted for {sizes}")
     if reset:
-        keep(found, size, None)
-        place.unlink(missing_ok=True)
+        _reset(place, found, size)
         give({"model": str(model), "forgotten": str(place)}, f"{model}: runs as it was converted", as_json)
         return
     notes: list[str] = []
     own = own_ways(found, size, parts)
     with other_forms(found, size, options, own, notes) as forms:
-        ways = {role: [way, *(forms.values() if role == "unet" else ())] for role, way in own.items()}
+        ways = {role: [way, *forms.get(role, {}).values()] for role, way in own.items()}
         alone = [role for role, several in ways.items() if len(candidates({role: several}, options)) < 2]
         notes += [f"{role}: there is one way to run it here" for role in alone]
         ways = {role: several for role, several in ways.items() if role not in alone}
-        tried = Tuner(ways, options, budget=budget, tell=say).run()
+        tried = Tuner(ways, options, ends=ends, tell=say).run()
     winners = {one.candidate.role: one for one in tried if one.chosen}
-    won = next(
-        (form for form, way in forms.items() if "unet" in winners and winners["unet"].candidate.way is way), None
-    )
-    played = {"unet": keep(found, size, won)} if "unet" in winners else {}
-    _store(place, found, size, {role: _choice(found, one, played.get(role), tried) for role, one in winners.items()})
+    choices = {}
+    for role, one in winners.items():
+        won = next((form for form, way in forms.get(role, {}).items() if way is one.candidate.way), None)
+        played = keep(found, size, role, won) if one.candidate.way.form else (role, one.candidate.way.part)
+        choices[role] = _choice(found, one, played, tried)
+    _store(place, found, size, choices)
     notes += [f"{role}: nothing could be chosen; it runs as before" for role in ways if role not in winners]
     for note in notes:
         say(f"note: {note}")
@@ -96,12 +100,24 @@ def tune(model: Path, budget: float, parts: tuple[str, ...], reset: bool, as_jso
         raise click.ClickException("nothing could be chosen; the table says why")
 
 
-def _choice(found: Model, one: Tried, played: tuple[str, Any] | None, tried: Sequence[Tried]) -> Choice:
-    """What is stored of a winner."""
+def _reset(place: Path, found: Model, size: tuple[int, int]) -> None:
+    """Forget the choices of a model, then remove what they have put into its folder."""
+    from glassine.convert.forms import drop_forms
+
+    try:
+        place.unlink(missing_ok=True)
+    except OSError as error:
+        raise PackageError(f"{place}: cannot be removed ({error.strerror})") from None
+    if (found.folder / FILE_NAME).is_file():
+        drop_forms(found.folder, size)
+
+
+def _choice(found: Model, one: Tried, played: tuple[str, Part], tried: Sequence[Tried]) -> Choice:
+    """What is stored of a winner; `played`: the role of what plays it, and its part."""
     from glassine.runtime.tuned import Choice, programs_of
 
     candidate = one.candidate
-    role, part = played if played is not None else (candidate.role, candidate.way.part)
+    role, part = played
     return Choice(
         role=role,
         units=candidate.units,
@@ -168,12 +184,17 @@ def _row(one: Tried) -> dict[str, Any]:
 
 
 def _table(tried: Sequence[Tried]) -> list[str]:
-    """What was tried, part by part."""
+    """What was tried, part by part; what there was no time for in one line."""
+    from glassine.runtime.tuning import OUT_OF_TIME
+
+    done = [one for one in tried if one.excluded != OUT_OF_TIME]
     head = ("", "part", "form", "on", "a step (quartiles)", "load", "dB", "")
-    rows = [head, *(_cells(one) for role in dict.fromkeys(o.candidate.role for o in tried) for one in tried
+    rows = [head, *(_cells(one) for role in dict.fromkeys(o.candidate.role for o in done) for one in done
                     if one.candidate.role == role)]  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
-    return ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
+    lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows]
+    left = [str(one.candidate) for one in tried if one.excluded == OUT_OF_TIME]
+    return [*lines, f"{OUT_OF_TIME} (--budget): {'; '.join(left)}"] if left else lines
 
 
 def _cells(one: Tried) -> tuple[str, ...]:
@@ -181,7 +202,7 @@ def _cells(one: Tried) -> tuple[str, ...]:
     times = "" if step is None else f"{_ms(step[0])} ({_ms(step[1])} to {_ms(step[2])})"
     quality = "" if one.psnr is None else ("equal" if one.psnr == math.inf else f"{one.psnr:.1f}")
     load = "" if one.load is None else f"{one.load:.1f} s"
-    form = candidate.way.form if candidate.way.form else "-"
+    form = candidate.way.form if candidate.way.form else "its only one"
     return ("*" if one.chosen else " ", candidate.role, form, candidate.on, times, load, quality, one.verdict)
 
 

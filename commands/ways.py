@@ -1,7 +1,10 @@
-"""The ways there are to run the parts of a model, for `tune`: as converted, and the UNet in other forms.
+"""The ways there are to run the parts of a model, for `tune`: as converted, and UNets in other forms.
 
 The forms are written into FOLDER/.glassine/tune for as long as they are tried, on the weights of the UNet; what a
 killed command leaves there, the next one removes. The one that won is written anew, as a part of the folder.
+
+Text encoders, VAEs and control networks have one form: a VAE's attention is one layer of thirty, and a text encoder
+runs once a picture.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from glassine.commands.options import say
 from glassine.errors import GlassineError, PackageError
-from glassine.manifest import FILE_NAME, STORE, Manifest, Part
+from glassine.manifest import FILE_NAME, STORE, TUNED, Manifest, Part
 
 if TYPE_CHECKING:
     from glassine.convert.network import Form
@@ -39,30 +42,33 @@ def own_ways(found: Model, size: Size, roles: tuple[str, ...]) -> dict[str, Way]
         PackageError: it has no such part.
     """
     from glassine.runtime.bench.model import parts_of
-    from glassine.runtime.tuned import PREFIX
     from glassine.runtime.tuning import Way
 
-    parts = {role: part for role, part in parts_of(found.manifest, size, roles).items() if not role.startswith(PREFIX)}
+    parts = {role: part for role, part in parts_of(found.manifest, size, roles).items() if not role.startswith(TUNED)}
     return {
         role: Way(part=part, folder=found.folder, form=_words(part), calls=_calls(found.manifest, part))
-        if role == "unet"
+        if _is_unet(part)
         else Way(part=part, folder=found.folder)
         for role, part in parts.items()
     }
 
 
+def _is_unet(part: Part) -> bool:
+    return part.role == "unet" or part.role.endswith("_unet")
+
+
 def _words(unet: Part) -> str:
+    from glassine.convert.forms import rows_of
+
     attention = "" if unet.attention is None else f"{unet.attention}, "
-    return f"{attention}batch {_rows(unet)}"
-
-
-def _rows(unet: Part) -> int:
-    return unet.inputs["sample"][0][0]
+    return f"{attention}batch {rows_of(unet)}"
 
 
 def _calls(manifest: Manifest, unet: Part) -> int:
     """The calls of a UNet that one step takes."""
-    return math.ceil(_branches(manifest) / _rows(unet))
+    from glassine.convert.forms import rows_of
+
+    return math.ceil(_branches(manifest) / rows_of(unet))
 
 
 def _branches(manifest: Manifest) -> int:
@@ -76,69 +82,88 @@ def _branches(manifest: Manifest) -> int:
 @contextmanager
 def other_forms(
     found: Model, size: Size, options: EngineOptions, own: Mapping[str, Way], notes: list[str]
-) -> Iterator[dict[Form, Way]]:
-    """The UNet of a model in other forms, which are there while this lasts; why there are none goes to `notes`.
+) -> Iterator[dict[str, dict[Form, Way]]]:
+    """The UNets of a model in other forms, by role, which are there while this lasts; why there are none: in `notes`.
 
     Args:
-        own: the parts to tune; there are forms of the UNet alone.
+        own: the parts to tune; there are forms of UNets alone.
     """
-    if "unet" not in own:
+    unets = {role: way.part for role, way in own.items() if _is_unet(way.part)}
+    if not unets:
         yield {}
         return
     if not (found.folder / FILE_NAME).is_file():
-        notes.append("unet: attention and batch stay as they are: Glassine did not convert this folder")
+        notes += [
+            f"{role}: attention and batch stay as they are: Glassine did not convert this folder" for role in unets
+        ]
         yield {}
         return
     from glassine.convert.forms import name_of, write_forms
     from glassine.convert.imports import import_coremltools
     from glassine.runtime.tuning import Way
 
-    wanted = _wanted(found.manifest, own["unet"].part, options)
+    import_coremltools()
     with _workshop(found.folder) as place:
-        say(f"unet: writing {len(wanted)} other forms of it")
-        import_coremltools()
-        try:
-            written = write_forms(found.folder, size, wanted, place, lambda progress: None)
-        except GlassineError as error:
-            notes.append(f"unet: attention and batch stay as they are: {error}")
-            written = {}
-        yield {
-            form: Way(part=part, folder=place, form=name_of(form), own=False, calls=_calls(found.manifest, part))
-            for form, part in written.items()
-        }
+        ways: dict[str, dict[Form, Way]] = {}
+        for role, unet in unets.items():
+            wanted = _wanted(found.manifest, unet, options)
+            say(f"{role}: writing {len(wanted)} other forms of it")
+            try:
+                written = write_forms(found.folder, size, role, wanted, place, lambda progress: None)
+            except GlassineError as error:
+                notes.append(f"{role}: attention and batch stay as they are: {error}")
+                continue
+            ways[role] = {
+                form: Way(part=part, folder=place, form=name_of(form), own=False, calls=_calls(found.manifest, part))
+                for form, part in written.items()
+            }
+            if "chunks" in unet.about:
+                notes.append(f"{role}: its attention stays: each other one would need weight files of its own")
+        yield ways
 
 
 def _wanted(manifest: Manifest, unet: Part, options: EngineOptions) -> list[Form]:
-    """Every attention that runs here with every number of rows that guidance can use, but for the UNet's own form."""
-    from glassine.convert.forms import form_of
+    """Every attention that runs here with every number of rows that guidance can use, but for the UNet's own form.
+
+    Chunks have their own attention alone: others store what they read in another order. Patched UNets change between
+    the fused attention and the others no more: its queries are stored in another scale, and patched ones are not known
+    by their names in the UNet's weight file.
+    """
+    from glassine.convert.forms import form_of, is_patched
     from glassine.runtime.engine.contract import engine_name
     from glassine.runtime.machine import this_machine
 
     own = form_of(unet, manifest.tokens)
     fused = engine_name(options) == "portable" or this_machine().version >= _SDPA
-    rows = dict.fromkeys((own.rows, 1, _branches(manifest)))
     layouts: dict[Attention, Layout] = {"split": "channels_first", "einsum": "channels_last"}
     layouts |= {"sdpa": "channels_last"} if fused else {}
+    if "chunks" in unet.about:
+        layouts = {own.attention: own.layout}
+    elif is_patched(manifest, unet.role):
+        layouts = {one: layout for one, layout in layouts.items() if (one == "sdpa") == (own.attention == "sdpa")}
+    rows = dict.fromkeys((own.rows, 1, _branches(manifest)))
     forms = [replace(own, rows=count, attention=a, layout=layout) for count in rows for a, layout in layouts.items()]
     return [form for form in forms if (form.rows, form.attention) != (own.rows, own.attention)]
 
 
-def keep(found: Model, size: Size, form: Form | None) -> tuple[str, Part]:
-    """Make this form of the UNet the one that the folder has besides the UNet; None: none. The role, and its part.
+def keep(found: Model, size: Size, role: str, form: Form | None) -> tuple[str, Part]:
+    """Make this form of a UNet the one that the folder has besides it; None: none.
+
+    Returns:
+        The role of what plays the UNet from now on, and its part.
 
     Raises:
         PackageError: the folder cannot be changed.
     """
-    own = found.manifest.part("unet", size)
-    assert own is not None
-    if not (found.folder / FILE_NAME).is_file():
-        return "unet", own
-    from glassine.convert.forms import ROLE, drop_form, keep_form
+    from glassine.convert.forms import drop_forms, keep_form
 
-    if form is None:
-        drop_form(found.folder, size)
-        return "unet", own
-    return ROLE, keep_form(found.folder, size, form, lambda progress: None)
+    if form is not None:
+        return TUNED + role, keep_form(found.folder, size, role, form, lambda progress: None)
+    own = found.manifest.part(role, size)
+    assert own is not None
+    if (found.folder / FILE_NAME).is_file():
+        drop_forms(found.folder, size, (role,))
+    return role, own
 
 
 @contextmanager

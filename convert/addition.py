@@ -95,7 +95,9 @@ def add_networks(
         networks = _new(folder, manifest, [network for listed in further for network in listed(base)], overwrite)
         steered, patched = _controlled(folder, manifest, networks, base)
         networks += [*steered, *steered_collages(_unets(manifest, networks), base)]
+        beside = dict.fromkeys(n.beside for n in networks if n.beside in manifest.parts and n.beside not in patched)
         homes = {"unet": PackagedWeights(folder, manifest, "unet"), **patched}
+        homes |= {key: PackagedWeights(folder, manifest, key) for key in beside if key is not None}
         hosts = {key: Host(weights, weights.plan, weights.cuts, weights.newest) for key, weights in homes.items()}
         networks = [_packed_as(network, homes["unet"].palette, palette) for network in networks]
         with digests(hashed_files(networks), skip=dry_run) as digest:
@@ -346,10 +348,22 @@ def _new(folder: Path, manifest: Manifest, networks: Sequence[Network], overwrit
     """Those that are not in the folder yet; what is there already is refused, replaced, or shared."""
     new = {network.key for network in networks}
     shared = {n.key for n in networks if n.key in _IMPLIED and n.beside not in new}
-    there = [network.key for network in networks if network.key in manifest.parts and network.key not in shared]
+    there = [network.key for network in networks if _is_there(network, manifest) and network.key not in shared]
     if there and not overwrite:
         raise PackageError(f"{folder}: has a {there[0]} already; pass --overwrite to replace it")
     return [network for network in networks if network.key not in manifest.parts or network.key not in shared]
+
+
+def _is_there(network: Network, manifest: Manifest) -> bool:
+    """Whether the folder has the network, at a size that it is for."""
+    return (
+        network.key in manifest.parts
+        if network.sizes is None
+        else any(
+            network.key + ("" if size == manifest.sizes[0] else f"_{size[0]}x{size[1]}") in manifest.parts
+            for size in network.sizes
+        )
+    )
 
 
 def _controlled(
@@ -399,8 +413,8 @@ def _manifest(manifest: Manifest, packages: Sequence[Planned], digests: Mapping[
     for package in packages:
         if package.network.source is base.source:
             new[package.key] = _as_its_unet(new[package.key], source)
-    replaced = {package.network.key for package in packages}
-    kept = {key: part for key, part in manifest.parts.items() if _network_key(key) not in replaced}
+    replaced = {package.network.key for package in packages if package.network.sizes is None}
+    kept = {key: part for key, part in manifest.parts.items() if key not in new and _network_key(key) not in replaced}
     return replace(manifest, parts={**kept, **new})
 
 

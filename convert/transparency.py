@@ -409,7 +409,7 @@ def _unet(
         weights=Patched(base.unet, [patch]),
         source=base.source,
         files=base.files,
-        write=partial(_write_unet, config, base.options.form),
+        write=partial(write_unet, config, base.options.form),
         config=config,
         summary=_SUMMARIES[kind],
         about={
@@ -451,7 +451,7 @@ def controlled(network: Network, base: Base) -> Network:
         key=f"controlled_{network.key}",
         role=f"controlled_{network.role}",
         package=f"Controlled{network.package}",
-        write=partial(_write_unet, config, base.options.form),
+        write=partial(write_unet, config, base.options.form),
         config=config,
         beside=network.key,
         changed=frozenset(),
@@ -483,7 +483,8 @@ def _fit_together(base: Base, patch: Patch) -> bool:
     return base.options.chunks == 1 and max(plain, alone) >= _WEIGHT_FILE
 
 
-def _write_unet(config: UNetConfig, form: Form, weights: Requests, size: Size) -> Program:
+def write_unet(config: UNetConfig, form: Form, weights: Requests, size: Size) -> Program:
+    """Write a UNet in a form; a call takes all frames of every row."""
     from glassine.models.unet import unet
 
     width, height = size

@@ -26,7 +26,6 @@ from glassine.runtime.engine.contract import COMPILED, ComputeUnits, EngineOptio
 from glassine.runtime.machine import this_machine
 
 FORMAT_VERSION = 1
-PREFIX = "tuned_"  # of the role of a part that is another form of the network of the role behind it
 Size = tuple[int, int]
 
 

@@ -28,7 +28,7 @@ from glassine.runtime.tuned import files_of
 
 TOLERANCE = 30.0  # dB below the largest value of the reference, over which a result's error may not rise
 UNITS: tuple[ComputeUnits, ...] = ("cpu_and_ne", "cpu_and_gpu", "all", "cpu_only")  # what saves energy first
-_ORDER = ("unet", "vae_decoder", "text_encoder", "text_encoder_2", "vae_encoder")  # what counts most first
+OUT_OF_TIME = "not tried: the time was up"
 _RUNS, _WARMUP, _SECONDS = 20, 2, 30.0  # timed calls of a candidate, and seconds after which fewer are enough
 _PATIENCE = 60.0  # seconds that a candidate may be silent at least; at most half of what is left of the budget
 Tell = Callable[[str], None]
@@ -94,18 +94,27 @@ class Tried:
 def candidates(ways: Mapping[str, Sequence[Way]], options: EngineOptions) -> list[Candidate]:
     """Return every candidate, the likeliest to win first: a budget may end before the last.
 
-    First the model's own packages, the UNet's before others', on the Neural Engine, the GPU and all; then other forms
-    of the UNet where they are made for; the CPU alone last.
+    The parts that most of a picture's time goes into come first; of each the model's own packages, on the Neural
+    Engine, the GPU and all, then other forms, where they are made for; the CPU alone comes last of all.
     """
     found = []
     for role, several in ways.items():
-        rank = _ORDER.index(role) if role in _ORDER else len(_ORDER)
         for way in several:
             for units, device in _places(way, options):
-                last = units == "cpu_only"
                 candidate = Candidate(role=role, way=way, units=units, device=device)
-                found.append(((last, not way.own, rank, _place(candidate)), candidate))
+                found.append(((units == "cpu_only", _rank(role), not way.own, _place(candidate)), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda item: item[0])]
+
+
+def _rank(role: str) -> int:
+    """0 for the part that takes most of a picture's time: what is called at every step, then the decoder."""
+    if role == "unet":
+        return 0
+    if role.endswith("_unet"):
+        return 1
+    if role.startswith("control:"):
+        return 2
+    return 3 if role.endswith("vae_decoder") else 4
 
 
 def _places(way: Way, options: EngineOptions) -> Iterator[tuple[ComputeUnits | None, str | None]]:
@@ -130,13 +139,12 @@ class Tuner:
     """Tries the ways to run the parts of a model, until the budget ends.
 
     Args:
-        ways: of every part, the model's own first. options: of the engine. budget: seconds. tell: is given what
-            happens, in words.
+        ways: of every part, the model's own first. options: of the engine. ends: when to try no more, by
+            `time.monotonic`. tell: is given what happens, in words.
     """
 
-    def __init__(self, ways: Mapping[str, Sequence[Way]], options: EngineOptions, *, budget: float, tell: Tell) -> None:
-        self._ways, self._options, self._tell = ways, options, tell
-        self._ends = time.monotonic() + budget
+    def __init__(self, ways: Mapping[str, Sequence[Way]], options: EngineOptions, *, ends: float, tell: Tell) -> None:
+        self._ways, self._options, self._tell, self._ends = ways, options, tell, ends
         self._references: dict[str, Path | str] = {}
 
     def run(self) -> list[Tried]:
@@ -147,7 +155,7 @@ class Tuner:
             self._place = Path(place)
             for number, candidate in enumerate(listed, start=1):
                 if time.monotonic() >= self._ends:
-                    tried.append(Tried(candidate=candidate, excluded="not tried: the time was up"))
+                    tried.append(Tried(candidate=candidate, excluded=OUT_OF_TIME))
                     continue
                 self._tell(f"{number} of {len(listed)}: {candidate}")
                 tried.append(self._try(candidate))
@@ -226,17 +234,22 @@ def _psnr(ours: NDArray[np.generic], theirs: NDArray[np.generic]) -> float:
 
 
 def winner(tried: Sequence[Tried]) -> Tried | None:
-    """Return the one to choose for a part: the fastest by its median.
+    """Return the one to choose for a part: the fastest by its median; none where there was time for one alone.
 
     Where the spreads (lower to upper quartile) of others reach into its own, the simplest of them: the model's own
     form before another, then the Neural Engine before the GPU, both before all units, and the CPU last.
     """
     fit = [one for one in tried if not one.excluded and one.step is not None]
-    if not fit:
+    if not fit or _is_alone(tried):
         return None
     fastest = min(fit, key=_median)
     level = [one for one in fit if one.step is not None and fastest.step is not None and one.step[1] <= fastest.step[2]]
     return min(level, key=lambda one: (not one.candidate.way.own, _place(one.candidate), _median(one)))
+
+
+def _is_alone(tried: Sequence[Tried]) -> bool:
+    """Whether the time was up before there was anything to compare the first with."""
+    return len(tried) > 1 and sum(one.excluded != OUT_OF_TIME for one in tried) < 2
 
 
 def _median(tried: Tried) -> float:
@@ -263,7 +276,8 @@ def _roles(tried: Sequence[Tried]) -> list[str]:
 def _verdict(one: Tried, best: Tried | None, tried: Sequence[Tried]) -> str:
     if one.excluded:
         return one.excluded
-    assert best is not None
+    if best is None:
+        return "not chosen: the time was up before there was anything to compare it with"
     assert best.step is not None
     assert one.step is not None
     others = [other for other in tried if other.candidate.role == one.candidate.role and not other.excluded]

@@ -1,5 +1,6 @@
 """tune: what it finds on planned delays and faults, what it leaves in the folder and the settings, and who obeys it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import click
 import pytest
 
 from glassine.commands import tune as verb
-from glassine.manifest import Manifest
 from glassine.runtime import pipeline, tuning
 from glassine.runtime.bench import timing
 from glassine.runtime.engine import EngineOptions, Realised
@@ -101,8 +101,14 @@ def test_every_part_gets_the_units_that_were_planted_for_it(tune, folder, glassi
     assert not Path(said["stored"]).exists()
 
 
+def contents(folder):
+    """Name -> digest of every file."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def test_another_form_that_wins_is_kept_and_drawn_with(tune, folder, glassine, monkeypatch):
-    before, manifest = names(folder), Manifest.read(folder)
+    before, files = names(folder), contents(folder)
     plan = {"cpu_and_gpu Unet_split_1": 0.04, "cpu_and_ne Unet_split_1": 0.06, "Unet": 0.1}
     said, _ = tune(plan, "--part", "unet")
     (row,) = (row for row in said["tried"] if row["chosen"])
@@ -115,10 +121,10 @@ def test_another_form_that_wins_is_kept_and_drawn_with(tune, folder, glassine, m
     # The model's own form may win the next time.
     tune({"cpu_and_ne Unet": 0.01}, "--part", "unet")
     assert names(folder) == before
-    tune(plan, "--part", "unet")
+    tune({"cpu_and_gpu Unet_sdpa_1": 0.01}, "--part", "unet")
+    assert len(contents(folder)) > len(files)
     assert glassine("tune", folder, "--engine", "coreml", "--reset").exit_code == 0
-    assert names(folder) == before
-    assert Manifest.read(folder) == manifest
+    assert contents(folder) == files  # with what sdpa had put behind the weights
     assert set(opened(folder, monkeypatch)) == {"TextEncoder", "Unet", "VAEDecoder"}
 
 
@@ -152,10 +158,19 @@ def test_where_nothing_works_nothing_is_stored(tune, folder, monkeypatch):
 
 
 def test_when_the_time_is_up_it_says_what_was_not_tried(tune):
-    _, rows = tune({}, "--part", "vae_decoder", "--budget", "0.01s")
+    said, rows = tune({}, "--part", "vae_decoder", "--budget", "0.01s", code=1)
     assert list(rows) == [f"vae_decoder {units}" for units in ("cpu_and_ne", "cpu_and_gpu", "all", "cpu_only")]
+    assert {row["verdict"] for row in rows.values()} == {"not tried: the time was up"}
+    assert not Path(said["stored"]).exists()
+
+
+def test_one_that_could_be_compared_with_nothing_is_not_chosen(tune, monkeypatch):
+    moments = iter([0.0, 0.0, *[1e9] * 9])  # the time is up while the first is tried
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(moments))
+    _, rows = tune({}, "--part", "vae_decoder", code=1)
     verdicts = [row["verdict"] for row in rows.values()]
-    assert verdicts == ["chosen: the fastest", *["not tried: the time was up"] * 3]
+    alone = "not chosen: the time was up before there was anything to compare it with"
+    assert verdicts == [alone, *["not tried: the time was up"] * 3]
 
 
 def test_people_see_a_table_and_inspect_tells(glassine, folder, monkeypatch):
@@ -163,7 +178,7 @@ def test_people_see_a_table_and_inspect_tells(glassine, folder, monkeypatch):
     lines = glassine("tune", folder, "--engine", "coreml", "--part", "vae_decoder").stdout.splitlines()
     assert lines[0].split() == ["part", "form", "on", "a", "step", "(quartiles)", "load", "dB"]
     (chosen,) = (line for line in lines if line.startswith("*"))
-    assert chosen.startswith("*  vae_decoder  -     cpu_and_ne   250 ms (247 ms to 253 ms)")
+    assert chosen.startswith("*  vae_decoder  its only one  cpu_and_ne   250 ms (247 ms to 253 ms)")
     assert chosen.endswith("equal  chosen: the fastest")
     monkeypatch.setattr(verb, "say", lambda words: None)
     monkeypatch.setattr("glassine.runtime.engine.contract.sys", SimpleNamespace(platform="darwin"))
@@ -199,7 +214,7 @@ def test_a_killed_tune_leaves_everything_as_it_was(tune, folder, tmp_path, monke
     assert not (tmp_path / "config").exists()
     assert [name for name in names(folder) if not name.startswith(".glassine")] == before
     assert set(opened(folder, monkeypatch)) == {"TextEncoder", "Unet", "VAEDecoder"}
-    tune({}, "--part", "unet", "--budget", "0.01s")  # it sweeps
+    tune({}, "--part", "unet", "--budget", "0.01s", code=1)  # it sweeps
     assert names(folder) == before
 
 
