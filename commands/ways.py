@@ -107,6 +107,8 @@ def other_forms(
         ways: dict[str, dict[Form, Way]] = {}
         for role, unet in unets.items():
             wanted = _wanted(found.manifest, unet, options)
+            if not wanted:
+                continue
             say(f"{role}: writing {len(wanted)} other forms of it")
             try:
                 written = write_forms(found.folder, size, role, wanted, place, lambda progress: None)
@@ -125,9 +127,9 @@ def other_forms(
 def _wanted(manifest: Manifest, unet: Part, options: EngineOptions) -> list[Form]:
     """Every attention that runs here with every number of rows that guidance can use, but for the UNet's own form.
 
-    Chunks have their own attention alone: others store what they read in another order. Patched UNets change between
-    the fused attention and the others no more: its queries are stored in another scale, and patched ones are not known
-    by their names in the UNet's weight file.
+    Chunks have their own attention alone: others store what they read in another order. Patched UNets have their own
+    rows alone, which what else they read comes in, and do not change between the fused attention and the others: it
+    has its queries in another scale, and what is behind the weights is known by the plain UNet's names.
     """
     from glassine.convert.forms import form_of, is_patched
     from glassine.runtime.engine.contract import engine_name
@@ -137,11 +139,12 @@ def _wanted(manifest: Manifest, unet: Part, options: EngineOptions) -> list[Form
     fused = engine_name(options) == "portable" or this_machine().version >= _SDPA
     layouts: dict[Attention, Layout] = {"split": "channels_first", "einsum": "channels_last"}
     layouts |= {"sdpa": "channels_last"} if fused else {}
+    rows = dict.fromkeys((own.rows, 1, _branches(manifest)))
+    if is_patched(manifest, unet.role):
+        rows = {own.rows: None}
+        layouts = {one: layout for one, layout in layouts.items() if (one == "sdpa") == (own.attention == "sdpa")}
     if "chunks" in unet.about:
         layouts = {own.attention: own.layout}
-    elif is_patched(manifest, unet.role):
-        layouts = {one: layout for one, layout in layouts.items() if (one == "sdpa") == (own.attention == "sdpa")}
-    rows = dict.fromkeys((own.rows, 1, _branches(manifest)))
     forms = [replace(own, rows=count, attention=a, layout=layout) for count in rows for a, layout in layouts.items()]
     return [form for form in forms if (form.rows, form.attention) != (own.rows, own.attention)]
 

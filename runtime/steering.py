@@ -56,16 +56,14 @@ def steered(pipe: Pipeline, controls: Sequence[ReadyControl], *, first: int, ste
     nets = {ready.control.net: _net(pipe, ready.control.net) for ready in active}
     adapted = any(net.kind == "t2i_adapter" for net in nets.values())
     controlled = f"{'adapted' if adapted else 'controlled'}_{role}"
-    part = pipe.manifest.part(controlled, pipe.size)
-    if part is None:
+    if pipe.manifest.part(controlled, pipe.size) is None:
         raise PackageError(
             f"{pipe.folder}: its {role} takes no control (there is no {controlled}); "
             f"convert the net into it: glassine convert NET.safetensors --base {pipe.folder}"
         )
-    control = ControlNets(
-        [(ready, nets[ready.control.net]) for ready in active], _shapes(part.inputs), first=first, steps=steps
-    )
-    takes = residual_inputs(_shapes(part.inputs))
+    reads = _shapes(pipe.inputs(controlled))  # of what plays the part on this machine: it may have other rows
+    control = ControlNets([(ready, nets[ready.control.net]) for ready in active], reads, first=first, steps=steps)
+    takes = residual_inputs(reads)
     own = pipe.rows(role)
 
     def predict(**arrays: NDArray[np.generic]) -> Mapping[str, NDArray[np.generic]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from glassine.commands import demo
 from glassine.convert import forms as form_writer
 from glassine.convert import swap
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
@@ -18,7 +19,8 @@ from glassine.convert.swap import change_loras, variant
 from glassine.errors import PackageError
 from glassine.manifest import TUNED, WEIGHT_FILE, Manifest
 from glassine.runtime import tuned
-from glassine.runtime.engine import EngineOptions
+from glassine.runtime.control import Control
+from glassine.runtime.engine import EngineOptions, open_engine
 from glassine.runtime.pipeline import Pipeline
 from glassine.runtime.request import Request
 from glassine.runtime.tuned import Choice, Tuning
@@ -75,12 +77,12 @@ def weights(folder, package):
     return folder / f"{package}.mlpackage" / WEIGHT_FILE
 
 
-def choose(folder, size, role):
-    """Draw with this part from now on, in the place of the UNet."""
+def choose(folder, size, role, place="unet"):
+    """Draw with this part from now on, in the place of the UNet, or of another part."""
     manifest = Manifest.read(folder)
     part = manifest.part(role, size)
     choice = Choice(role=role, units=None, device="cpu", programs=tuned.programs_of(folder, part), why="")
-    found = Tuning(model="tiny", size=size, machine="", date="", choices={"unet": choice})
+    found = Tuning(model="tiny", size=size, machine="", date="", choices={place: choice})
     tuned.write(tuned.place_of(folder, manifest, size, "portable"), found)
 
 
@@ -263,3 +265,64 @@ def test_a_form_that_is_gone_is_never_drawn_with(model):
         assert "is not in this folder" in pipe.notices[0]
         pipe.engine("unet")
         assert pipe.rows("unet") == 2
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """The tiny family with control and transparency; read only."""
+    return demo.convert_tiny(tmp_path_factory.mktemp("family") / "model", quiet)
+
+
+def predicted(package):
+    """What a UNet makes of inputs that say which row they are of, in rows."""
+    engine = open_engine(package, EngineOptions(engine="portable"))
+    inputs = {}
+    for name, spec in engine.inputs.items():
+        rows = [np.random.default_rng([*name.encode(), row]).random(spec.shape[1:]) for row in range(spec.shape[0])]
+        inputs[name] = np.stack(rows).astype(np.float32)
+    return engine.predict(**inputs)["noise_pred"]
+
+
+@pytest.mark.parametrize(
+    ("role", "attention", "rows"),
+    [
+        ("controlled_unet", "sdpa", 1),
+        ("transparent_unet", "split", 2),
+        pytest.param("controlled_unet", "split", 2, marks=pytest.mark.slow),
+        pytest.param("controlled_transparent_unet", "split", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_unet_has_other_forms(family, tmp_path, role, attention, rows):
+    model = shutil.copytree(family, tmp_path / "model", copy_function=os.link)
+    before = contents(model)
+    manifest = Manifest.read(model)
+    own = form_of(manifest.parts[role], manifest.tokens)
+    layout = "channels_first" if attention == "split" else "channels_last"
+    part = keep_form(model, manifest.sizes[0], role, replace(own, rows=rows, attention=attention, layout=layout), quiet)
+    assert part.role == f"tuned_{role}"
+    usual, other = predicted(model / manifest.parts[role].file), predicted(model / part.file)
+    assert len(other) == rows
+    assert np.abs(other - usual[:rows]).max() < CLOSE
+    drop_forms(model, manifest.sizes[0])
+    assert contents(model) == before
+
+
+def test_control_is_drawn_with_another_form(family, tmp_path):
+    """One row a call in the place of two: the residuals come in two calls too."""
+    model = shutil.copytree(family, tmp_path / "model", copy_function=os.link)
+    manifest = Manifest.read(model)
+    canny = Control("canny", np.tile(np.uint8([[[0], [255]]]), (32, 32, 3)))
+
+    def drawn():
+        with Pipeline.load(model, EngineOptions(engine="portable")) as pipe:
+            settings = {"steps": 3, "seed": 5, "controls": [canny], "output": "latent"}
+            return pipe("a red star", **settings), pipe.rows("controlled_unet")
+
+    usual, rows = drawn()
+    assert rows == 2
+    form = replace(form_of(manifest.parts["controlled_unet"], manifest.tokens), rows=1)
+    part = keep_form(model, manifest.sizes[0], "controlled_unet", form, quiet)
+    choose(model, manifest.sizes[0], part.role, "controlled_unet")
+    other, rows = drawn()
+    assert rows == 1
+    assert np.abs(other - usual).max() < CLOSE
