@@ -16,6 +16,7 @@ from glassine.commands.about import demo, doctor
 from glassine.commands.batch import batch
 from glassine.commands.bench import bench
 from glassine.commands.cache import cache
+from glassine.commands.collage import collage
 from glassine.commands.draw import fan, generate, show_map
 from glassine.commands.inspect import inspect
 from glassine.commands.layers import compose, layers
@@ -69,6 +70,7 @@ for verb in (
     fan,
     batch,
     layers,
+    collage,
     compose,
     preprocess,
     lora,

@@ -135,6 +135,8 @@ def drawing_of(prompt: str | None, asked: dict[str, Any]) -> Drawing:
         record = read_record(asked["replay"])
         for notice in record.notices:
             say(f"note: {notice}")
+        if record.collage is not None:
+            raise click.UsageError("this picture is a collage; draw it again with: glassine collage --from PICTURE.png")
         settings = {**record.request, **settings}
         if "refiner" in record.model and asked.get("refiner") is None:
             say(f"note: the last steps were drawn by {record.model['refiner']}; give it with --refiner")

@@ -7,7 +7,7 @@
 
 v is what of each layer is seen: its alpha times the clearness of all layers in front of it; with the background they
 add up to 1 everywhere. There is one latent and one loop: the change map is an ordinary one, and the words enter as
-inputs of the UNet (`layer_attention.py`).
+inputs of the UNet (`collage_inputs.py`, `layer_attention.py`).
 
 Source: Collage Diffusion (Sarukkai et al. 2023, arXiv 2303.00262). Two things differ from its published code, which
 counts alpha twice at soft edges and compares the map with the time of a step: here c is the share of the steps, as in
@@ -20,24 +20,17 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from glassine.errors import PackageError, RequestError
+from glassine.errors import RequestError
 from glassine.runtime.change_map import blurred
 from glassine.runtime.compose import background as background_of
 from glassine.runtime.compose import resized
-from glassine.runtime.image import Source, read_picture, to_model
-from glassine.runtime.inputs import Inputs
-from glassine.runtime.layer_attention import COLLAGE_UNET, PlacedWords, most_layers
-from glassine.runtime.request import Request
-from glassine.runtime.token_spans import PromptTokens
-
-if TYPE_CHECKING:
-    from glassine.runtime.pipeline import Pipeline
+from glassine.runtime.image import Source, read_picture
 
 Float = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -223,64 +216,6 @@ def combined(visible: Float, values: Sequence[float | None], behind: Float, valu
     """Return the map (H, W) in [0, 1] that has each layer's value where it is seen, in its share where several are."""
     weights = np.array([0.0 if value is None else value for value in values], np.float32)
     return np.clip(np.tensordot(weights, visible, axes=1) + np.float32(value_behind) * behind, 0, 1)
-
-
-def collage_inputs(pipe: Pipeline, collage: Collage, request: Request) -> Inputs:
-    """Return what a picture of a collage is drawn from.
-
-    Raises:
-        RequestError: as `arrange`; words that are not in the prompt, or there several times; too many of them.
-        PackageError: the model has no UNet for collages, and a layer has words.
-    """
-    if request.transparent or request.layers:
-        raise RequestError("a collage is one opaque picture; leave transparency out")
-    arranged = arrange(collage, *pipe.size)
-    words = place_words(pipe, arranged, request)
-    return Inputs(
-        image=to_model(arranged.pixels),
-        pixels=arranged.pixels,
-        change_map=arranged.change,
-        control_map=arranged.control,
-        words=words,
-        notices=arranged.notices,
-    )
-
-
-def place_words(pipe: Pipeline, arranged: Arranged, request: Request) -> PlacedWords | None:
-    """Return which tokens belong to which layers; None where no layer has words that count.
-
-    Raises:
-        As `collage_inputs`.
-    """
-    tokens = PromptTokens.of(pipe.tokenizer, request.prompt, pipe.manifest.tokens)
-    columns = []
-    for layer in arranged.layers:
-        try:
-            columns.append(tokens.find(layer.words, layer.occurrence) if layer.words else ())
-        except RequestError as error:
-            raise RequestError(f"{layer.name}: {error}") from None
-    counting = [i for i, layer in enumerate(arranged.layers) if layer.words and (layer.attract or layer.repel)]
-    if not counting:
-        return None
-    part = pipe.manifest.part(COLLAGE_UNET, pipe.size)
-    width, height = pipe.size
-    if part is None:
-        raise PackageError(
-            f"{pipe.folder}: this model has no {COLLAGE_UNET} for {width}x{height}, which draws words where their "
-            f"layers are; add it with: glassine convert --base {pipe.folder} --collage (or draw without: attract and "
-            "repel 0)"
-        )
-    if len(counting) > most_layers(part.inputs):
-        raise RequestError(
-            f"{len(counting)} layers have words, this model's {COLLAGE_UNET} takes {most_layers(part.inputs)}; convert "
-            f"it again: glassine convert --base {pipe.folder} --collage {len(counting)} --overwrite"
-        )
-    return PlacedWords(
-        visible=arranged.visible[counting],
-        columns=tuple(columns[i] for i in counting),
-        attract=tuple(arranged.layers[i].attract or 0.0 for i in counting),
-        repel=tuple(arranged.layers[i].repel or 0.0 for i in counting),
-    )
 
 
 def _scale(collage: Collage, width: int, height: int) -> float:

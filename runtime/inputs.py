@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,7 @@ class Inputs:
         (1, d).
     layers: (H, W, 4) uint8, straight alpha, the pictures that a layer model is given, by their names ("fg", "bg").
     control_map: (H, W) float32 in [0, 1], how much controls count where, if they have no map of their own.
-    words: which words of the prompt belong where, of a collage.
+    words: which words of the prompt belong where, of a collage. collage: what it is, for the picture's metadata.
     controls: what steers it beside the prompt, see `control_pictures.with_controls`.
     files: what image and map were, for the picture's metadata. notices: what was done to them, for the user.
     """
@@ -91,6 +92,7 @@ class Inputs:
     layers: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     control_map: Float | None = None
     words: PlacedWords | None = None
+    collage: dict[str, Any] | None = None
     controls: tuple[ReadyControl, ...] = ()
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()

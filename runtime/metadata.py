@@ -75,7 +75,7 @@ class Record:
     written_by: "glassine" = complete; "a1111" = the settings its text has.
     request: settings by Glassine's names; the caller validates their values. size: (width, height) or None.
     model: "name", "sha256" (A1111: its first 10 digits) and "refiner" where known. inputs: role -> {"name", "sha256"}.
-    controls: the settings of each, and "files" as `inputs`.
+    controls: the settings of each, and "files" as `inputs`. collage: its layers, and what is behind them.
     notices: what could not be taken over.
     """
 
@@ -85,6 +85,7 @@ class Record:
     model: dict[str, str]
     inputs: dict[str, dict[str, str]]
     controls: tuple[dict[str, Any], ...] = ()
+    collage: dict[str, Any] | None = None
     notices: tuple[str, ...] = ()
 
 
@@ -96,6 +97,7 @@ def text_chunks(
     model: Mapping[str, str],
     inputs: Mapping[str, Mapping[str, str]],
     controls: Sequence[Mapping[str, Any]] = (),
+    collage: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return the text chunks of a picture, keyword -> text.
 
@@ -103,7 +105,7 @@ def text_chunks(
         request: every setting, as plain JSON values.
         version: Glassine's own. size: (width, height). model: "name" and the "sha256" of its checkpoint.
         inputs: role ("image", "change_map", ...) -> {"name": file name, "sha256": `file_sha256`}.
-        controls: each with its settings, and "files" as `inputs`.
+        controls: each with its settings, and "files" as `inputs`. collage: see `collage_project.recorded`.
     """
     record = {
         "format_version": FORMAT_VERSION,
@@ -113,6 +115,7 @@ def text_chunks(
         "model": dict(model),
         "inputs": {role: dict(file) for role, file in inputs.items()},
         **({"controls": [dict(control) for control in controls]} if controls else {}),
+        **({"collage": dict(collage)} if collage is not None else {}),
     }
     return {
         PARAMETERS: parameters_text(
@@ -349,10 +352,11 @@ def _parse_own(path: Path, text: str) -> Record:
         and _are_files(inputs)
         and isinstance(controls, list)
         and all(isinstance(control, dict) and _are_files(control.get("files")) for control in controls)
+        and isinstance(raw.get("collage", {}), dict)
     )
     if not good:
         raise RequestError(
-            f"{path}: its {KEYWORD} text is damaged (request, size, model, inputs or controls); draw it anew"
+            f"{path}: its {KEYWORD} text is damaged (request, size, model, inputs, controls or collage); draw it anew"
         )
     return Record(
         written_by="glassine",
@@ -361,6 +365,7 @@ def _parse_own(path: Path, text: str) -> Record:
         model=raw["model"],
         inputs=inputs,
         controls=tuple(controls),
+        collage=raw.get("collage"),
     )
 
 

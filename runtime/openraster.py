@@ -1,4 +1,4 @@
-"""Layers -> one OpenRaster file (.ora), which GIMP, Krita, MyPaint and others open.
+"""Layers -> one OpenRaster file (.ora), which GIMP, Krita, MyPaint and others open, and layers out of theirs.
 
 A zip file: `mimetype` first and stored, `stack.xml` with the layers from the front to the back, their pictures under
 `data/`, the composite `mergedimage.png` and a thumbnail.
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,24 +20,38 @@ from PIL import Image
 
 from glassine.errors import RequestError
 from glassine.runtime.compose import over
-from glassine.runtime.image import replaced
+from glassine.runtime.image import read_picture, replaced
 
 Bytes = NDArray[np.uint8]
 
 SUFFIX = ".ora"
 _MIMETYPE = "image/openraster"
 _VERSION = "0.0.5"
+_LONGEST, _LARGEST = 1 << 22, 1 << 30  # bytes that are read of stack.xml, and of a picture
 _THUMBNAIL = 256  # pixels of the longer side
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same layers make the same file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One picture of a stack. pixels: (H, W, 4) uint8, straight alpha. visible: counts in the composite."""
+    """One picture of a stack.
+
+    pixels: (H, W, 4) uint8, straight alpha. visible: counts in the composite. Read from a file: x, y: where its left
+    upper corner lies on the canvas; opacity: 0 to 1.
+    """
 
     name: str
     pixels: Bytes
     visible: bool = True
+    x: int = 0
+    y: int = 0
+    opacity: float = 1.0
+
+    def covers(self, canvas: tuple[int, int]) -> bool:
+        """Whether nothing behind it is seen on a canvas of (width, height)."""
+        height, width = self.pixels.shape[:2]
+        reaches = self.x <= 0 and self.y <= 0 and self.x + width >= canvas[0] and self.y + height >= canvas[1]
+        return reaches and self.opacity == 1 and bool((self.pixels[..., 3] == 255).all())
 
 
 def save_openraster(path: Path, layers: Sequence[Layer], *, overwrite: bool = False) -> None:
@@ -64,6 +78,65 @@ def save_openraster(path: Path, layers: Sequence[Layer], *, overwrite: bool = Fa
             # PNG is compressed already
             kind = zipfile.ZIP_STORED if name.endswith(".png") else zipfile.ZIP_DEFLATED
             archive.writestr(zipfile.ZipInfo(name, _DATE), content, kind)
+
+
+def read_openraster(path: Path) -> tuple[list[Layer], tuple[int, int]]:
+    """Read the layers of an OpenRaster file, the first at the back, and its canvas (width, height).
+
+    Groups are taken apart: what lies in one has its offset, and is hidden or clear with it. Ways of mixing other than
+    one over the other are not followed.
+
+    Raises:
+        RequestError: it cannot be read, is damaged, or has no layers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            listed = _read(archive, "stack.xml", _LONGEST)
+            if b"<!DOCTYPE" in listed:  # whose entities may grow without end
+                raise ValueError("stack.xml has a DOCTYPE")
+            root = ElementTree.fromstring(listed)
+            layers = [
+                replace(
+                    entry,
+                    pixels=read_picture(Image.open(io.BytesIO(_read(archive, src, _LARGEST))), keep_alpha=True).pixels,
+                )
+                for stack in root.findall("stack")
+                for entry, src in _entries(stack, Layer(name="", pixels=np.empty((0, 0, 4), np.uint8)))
+            ]
+            canvas = int(root.attrib["w"]), int(root.attrib["h"])
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, ElementTree.ParseError, NotImplementedError) as error:
+        raise RequestError(f"{path}: cannot be read ({error}); expected an OpenRaster file") from None
+    if not layers:
+        raise RequestError(f"{path}: has no layers")
+    return layers[::-1], canvas
+
+
+def _read(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """One file of the archive, if it is not larger than that."""
+    if archive.getinfo(name).file_size > most:
+        raise ValueError(f"{name} has more than {most} bytes")
+    return archive.read(name)
+
+
+def _entries(stack: ElementTree.Element, group: Layer) -> Iterator[tuple[Layer, str]]:
+    """What lies in a stack, from the front, and the names of the pictures."""
+    for entry in stack:
+        if entry.tag not in ("layer", "stack"):
+            continue
+        own = Layer(
+            name=entry.get("name", ""),
+            pixels=group.pixels,
+            visible=group.visible and entry.get("visibility", "visible") == "visible",
+            x=group.x + int(entry.get("x", "0")),
+            y=group.y + int(entry.get("y", "0")),
+            opacity=group.opacity * min(1.0, max(0.0, float(entry.get("opacity", "1")))),
+        )
+        if entry.tag == "stack":
+            yield from _entries(entry, own)
+        elif entry.get("src") is not None:
+            yield own, entry.attrib["src"]
 
 
 def check_openraster(path: Path, *, overwrite: bool = False) -> None:

@@ -178,7 +178,8 @@ class Pipeline:
         self, image: Source | Collage | None, maps: MapSource, request: Request, arrays: Mapping[str, Any]
     ) -> Inputs:
         """The source picture and its map, of the model's size; `arrays` are further fields of `Inputs`."""
-        from glassine.runtime.collage import Collage, collage_inputs
+        from glassine.runtime.collage import Collage
+        from glassine.runtime.collage_inputs import collage_inputs
 
         if not isinstance(image, Collage):
             return read_inputs(image, maps, *self.size, fit=request.fit, keep_alpha=request.transparent, **arrays)

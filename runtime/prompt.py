@@ -66,6 +66,11 @@ def parse_prompt(prompt: str) -> list[Span]:
     return _merged(texts, weights)
 
 
+def plain_text(prompt: str) -> str:
+    """Return the text of a prompt, without weights, brackets and tags; a BREAK is a space."""
+    return "".join(" " if span.text is None else span.text for span in parse_prompt(prompt))
+
+
 def _merged(texts: list[str | None], weights: list[float]) -> list[Span]:
     spans: list[Span] = []
     for text, weight in zip(texts, weights, strict=True):

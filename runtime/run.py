@@ -277,6 +277,7 @@ class Run:
             model=self._model_record(),
             inputs=self._inputs.files,
             controls=[recorded(ready) for ready in self._inputs.controls],
+            collage=self._inputs.collage,
         )
 
     def _model_record(self) -> dict[str, str]:

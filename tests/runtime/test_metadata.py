@@ -242,7 +242,7 @@ def own(**changes: Any) -> str:
         ("[]", "format_version None, this Glassine reads 1"),
         (own(format_version=2), "format_version 2, this Glassine reads 1; update Glassine"),
         (own().replace('"strength": 1.0', '"strength": NaN'), "NaN is not a number"),
-        (own(request=[]), r"damaged \(request, size, model, inputs or controls\)"),
+        (own(request=[]), r"damaged \(request, size, model, inputs, controls or collage\)"),
         (own(size=[8]), "damaged"),
         (own(size=[8, -8]), "damaged"),
         (own(size=[8, True]), "damaged"),
