@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,8 +14,10 @@ from glassine.commands.memory import memory_lines, memory_of
 from glassine.commands.options import as_json, give, say
 from glassine.commands.placement import placement_options, show_placement
 from glassine.commands.tuned import tuned_here, tuned_lines
+from glassine.errors import GlassineError
 
 if TYPE_CHECKING:
+    from glassine.convert.kinds import Described
     from glassine.runtime.engine.contract import ComputeUnits
     from glassine.runtime.engine.portable.program import Function
     from glassine.runtime.engine.portable.summary import Summary
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 @placement_options
 @as_json
 def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) -> None:
-    """Show what is inside a model.
+    """Show what is inside a model, and what any file is.
 
     MODEL is a model folder, whoever converted it, or one .mlpackage: inputs, outputs, operations, parameters, FLOPs,
-    precision, size, memory, and how it runs on this machine if it was tuned. Or it is what could be converted, a
-    .safetensors file or a diffusers folder: what it is, and which tensor says so. With --placement: which operations
-    run where, what they cost, and why some are not on the Neural Engine; by Core ML's own plan on a Mac, else a
-    prediction.
+    precision, size, memory, and how it runs on this machine if it was tuned. Or it is what people have beside models: a
+    checkpoint, LoRA, textual inversion, ControlNet ... (what it is, the family it is for, which tensor says so, and the
+    command that takes it), a whole folder of such files, or a PNG: how it was drawn. With --placement: which operations
+    of a model run where, what they cost, and why some are not on the Neural Engine; by Core ML's own plan on a Mac,
+    else a prediction.
 
     \b
     Example:
@@ -41,7 +43,10 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
       glassine inspect dreamshaper --placement --units cpu_and_ne
       glassine inspect dreamshaper/Unet.mlpackage --json
       glassine inspect dreamshaper_8.safetensors
+      glassine inspect downloads
+      glassine inspect boat.png
     """
+    from glassine.convert.kinds import is_diffusers
     from glassine.runtime.engine.portable.program import read_package
     from glassine.runtime.engine.portable.summary import summarise
     from glassine.runtime.foreign import is_model, read_model
@@ -49,7 +54,12 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
     if model.is_file() or (model.suffix != ".mlpackage" and model.is_dir() and not is_model(model)):
         if placement:
             raise click.UsageError("--placement is about packages; convert the checkpoint first")
-        _inspect_source(model, as_json)
+        if model.suffix.lower() == ".png":
+            _inspect_picture(model, as_json)
+        elif model.is_dir() and not is_diffusers(model):
+            _inspect_files(model, as_json)
+        else:
+            _inspect_source(model, as_json)
         return
     if model.suffix == ".mlpackage":
         packages, about, functions = {model.stem: model}, {}, {}
@@ -83,24 +93,81 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
 
 
 def _inspect_source(path: Path, as_json: bool) -> None:
-    """Say what a checkpoint is, without converting it."""
-    from glassine.convert.checkpoint import open_checkpoint
-    from glassine.convert.detect import detect
+    """Say what a weights file or a diffusers folder is, without converting it."""
+    from glassine.convert.kinds import describe_file
 
-    found = detect(open_checkpoint(path))
-    parameters = {part: sum(map(math.prod, weights.shapes.values())) for part, weights in found.parts.items()}
-    result: dict[str, Any] = {
-        "family": found.family.name,
-        "prediction_type": found.family.prediction,
-        "size": found.family.size,
-        "zero_terminal_snr": found.scheduler.zero_terminal_snr,
-        "defaults": dict(found.defaults),
-        "parameters": parameters,
-        "decided": dict(found.reasons),
-    }
-    counts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in parameters.items())
-    lines = [f"{path.name}: {found.family.name}, {found.family.prediction}, {found.family.size}", f"  {counts}"]
-    give(result, "\n".join([*lines, *(f"  {what}: {why}" for what, why in found.reasons.items())]), as_json)
+    found = describe_file(path)
+    result = {"what": found.what, "family": found.family, **found.facts, "use": found.use}
+    give(result, "\n".join([f"{path.name}: {_said(found)}", *_details(found), f"  use: {found.use}"]), as_json)
+
+
+def _inspect_files(folder: Path, as_json: bool) -> None:
+    """Say of every file below a folder what it is; those that are nothing, or nothing whole, say why."""
+    from glassine.convert.kinds import describe_file, weights_below
+
+    result, lines, refused = {}, [], 0
+    files = list(weights_below(folder))
+    if not files:
+        raise click.ClickException(f"{folder}: no model, and no weights files in it")
+    names = {path: str(path.relative_to(folder)) for path in files}
+    width = max(map(len, names.values()))
+    for path, name in names.items():
+        try:
+            found = describe_file(path)
+        except GlassineError as error:
+            refused += 1
+            result[name] = {"error": str(error)}
+            lines.append(f"{name:{width}}  not for Glassine: {str(error).removeprefix(f'{path}: ')}")
+        else:
+            result[name] = {"what": found.what, "family": found.family, **found.facts, "use": found.use}
+            lines.append(f"{name:{width}}  {_said(found)}")
+    give({"files": result}, "\n".join([*lines, f"{len(files)} files, {refused} of them not for Glassine"]), as_json)
+
+
+def _inspect_picture(path: Path, as_json: bool) -> None:
+    """Say how a picture was drawn."""
+    from glassine.runtime.metadata import read_record
+
+    record = read_record(path)
+    lines = [f"{path.name}: drawn by {'Glassine' if record.written_by == 'glassine' else 'another tool, in its words'}"]
+    size = None if record.size is None else "{}x{}".format(*record.size)
+    said = {**record.request, "size": size, "model": record.model.get("name")}
+    lines += [f"  {name}: {value}" for name, value in said.items() if value is not None and value != ""]
+    lines += [f"  {role}: {file['name']}" for role, file in record.inputs.items()]
+    lines += [f"  control: {control}" for control in record.controls]
+    lines += [f"  note: {notice}" for notice in record.notices]
+    lines.append(f"  use: glassine generate MODEL --from {path.name}")
+    give(dataclasses.asdict(record), "\n".join(lines), as_json)
+
+
+def _said(found: Described) -> str:
+    """What a file is, in a line."""
+    facts, family = found.facts, "of an unknown family" if found.family is None else f"for {found.family}"
+    if found.what == "checkpoint":
+        parts = ", ".join(facts["parameters"])
+        return f"{found.family}, {facts['prediction_type']}, {facts['size']} ({parts})"
+    if found.what == "LoRA":
+        ranks = facts["ranks"]
+        rank = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""
+        return f"{' and '.join(facts['methods']) or 'LoRA'} {family}{rank}"
+    if found.what == "textual inversion":
+        return f'textual inversion {family}: "{facts["word"]}", {facts["vectors"]} tokens'
+    alone = found.family is None and found.what in {"LayerDiffuse", "TAESD"}  # they read no text that would tell
+    return found.what if alone else f"{found.what} {family}"
+
+
+def _details(found: Described) -> list[str]:
+    """What more its header tells."""
+    facts = found.facts
+    if found.what == "checkpoint":
+        counts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in facts["parameters"].items())
+        return [f"  {counts}", *(f"  {what}: {why}" for what, why in facts["decided"].items())]
+    if found.what != "LoRA":
+        return []
+    layers = facts["layers"]
+    lines = [f"  layers: {layers['unet']} of the UNet, {layers['text']} of text encoders"]
+    lines += [f"  {name}: {facts[name]}" for name in ("title", "base", "trigger") if name in facts]
+    return [*lines, *([f"  words of its captions: {', '.join(facts['words'])}"] if "words" in facts else [])]
 
 
 def describe(name: str, function: Function, summary: Summary) -> list[str]:

@@ -84,6 +84,17 @@ class ControlFile:
         return next(iter(self.checkpoint.configs.values()), {})
 
 
+def control_kind(keys: Collection[str]) -> str | None:
+    """What a file is by its keys, in words, as far as it is one that `open_control` takes."""
+    if any(pattern.match(key) for key in keys for pattern, _ in _OTHERS):
+        return None
+    if _adapter_keys(keys):
+        return "T2I-Adapter"
+    if _layout(keys) is None:
+        return None
+    return "Control-LoRA" if "lora_controlnet" in keys else "ControlNet"
+
+
 def is_control(path: Path) -> bool:
     """Whether this is something that steers a UNet, of whatever layout, known here or not; it may have other faults."""
     if path.is_dir():

@@ -120,13 +120,13 @@ def read_inversion(
         )
     if missing or not vectors:
         raise ConversionError(f"{file.path}: holds nothing for the model's {', '.join(missing) or 'text encoder'}")
-    inversion = Inversion(_word(file, tensors), file.path, vectors)
+    inversion = Inversion(word_of(file, tensors), file.path, vectors)
     for part, tensor in vectors.items():
         _check(part, tensor, encoders[part].shapes[TABLE][1], inversion.count)
     return inversion
 
 
-def _word(file: EmbeddingFile, keys: Mapping[str, Tensor]) -> str:
+def word_of(file: EmbeddingFile, keys: Mapping[str, Tensor]) -> str:
     """The word asked for, or the file's name; files that diffusers calls learned_embeds name their token inside."""
     if file.word is not None:
         word = file.word

@@ -1,11 +1,17 @@
-"""inspect --placement: what a person and a program are told."""
+"""inspect: what a person and a program are told of models, files and pictures."""
 
 import json
 import math
+import shutil
+from pathlib import Path
+
+from PIL import Image
 
 from glassine.manifest import WEIGHT_FILE, Manifest
 from glassine.runtime.engine.portable.program import read_package
 from glassine.runtime.engine.portable.summary import summarise
+
+TINY = Path(__file__).parents[2] / "models" / "tiny"
 
 
 def test_placement_of_a_folder(glassine, tiny_folder):
@@ -48,6 +54,50 @@ def test_memory_of_both_plans(glassine, tiny_folder):
     assert memory["portable"] == {"all": sum(numbers.values()), "low": max(numbers.values())}
     text = glassine("inspect", tiny_folder).stdout
     assert f"weights {sum(stored.values()) / 1e6:.1f} MB, {max(stored.values()) / 1e6:.1f} MB with --low-memory" in text
+
+
+def test_a_folder_of_downloads(glassine, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "downloads"
+    (folder / "loras").mkdir(parents=True)
+    shutil.copy(tiny_checkpoint, folder)
+    shutil.copy(TINY / "tiny_lcm_lora.safetensors", folder / "loras")
+    (folder / "page.safetensors").write_text("<html>")
+    lines = glassine("inspect", folder).stdout.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "loras/tiny_lcm_lora.safetensors LoRA of an unknown family, rank 6",
+        "page.safetensors not for Glassine: expected a safetensors file, this is a web page: the download gave a page "
+        "instead of the file, probably one that asks to log in",
+        "tiny.safetensors sd15, epsilon, 512 (unet, vae, text_encoder)",
+        "3 files, 1 of them not for Glassine",
+    ]
+    files = json.loads(glassine("inspect", folder, "--json").stdout)["files"]
+    assert {name: file.get("what") for name, file in files.items()} == {
+        "loras/tiny_lcm_lora.safetensors": "LoRA",
+        "page.safetensors": None,
+        "tiny.safetensors": "checkpoint",
+    }
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = glassine("inspect", empty)
+    assert result.exit_code == 1
+    assert "no weights files in it" in result.stderr
+
+
+def test_a_lora_alone(glassine):
+    text = glassine("inspect", TINY / "tiny_lcm_lora.safetensors").stdout
+    assert "tiny_lcm_lora.safetensors: LoRA of an unknown family, rank 6" in text
+    assert "use: glassine lora MODEL add tiny_lcm_lora.safetensors" in text
+
+
+def test_a_picture_says_how_it_was_drawn(glassine, tiny_folder, tmp_path):
+    glassine("generate", tiny_folder, "a boat, (red:1.2)", "--steps", "2", "--seed", "7", "-o", "boat.png")
+    text = glassine("inspect", "boat.png").stdout
+    assert {"  prompt: a boat, (red:1.2)", "  steps: 2", "  seed: 7", "  size: 64x64"} <= set(text.splitlines())
+    assert json.loads(glassine("inspect", "boat.png", "--json").stdout)["request"]["seed"] == 7
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    result = glassine("inspect", "plain.png")
+    assert result.exit_code == 1
+    assert "holds no settings" in result.stderr
 
 
 def test_results_alive_at_once(tiny_folder):
