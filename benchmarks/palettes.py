@@ -65,21 +65,18 @@ def beyond_optimum(bits: int) -> dict[str, float]:
     """The squared error of a palette over that of the exact optimum, by the size of the weight; small ones have it."""
     import numpy as np
 
-    from glassine.convert.kmeans import good_palette, nearest, optimal_palette
+    from glassine.convert.histogram import Histograms
+    from glassine.convert.kmeans import good_palettes, optimal_palette
     from glassine.convert.palettize import EXACT
 
     rng = np.random.default_rng(SEED)
     found = {}
     for size in SIZES:
         weight = (0.03 * rng.standard_t(6, size)).astype(np.float16)
-        values, counts = np.unique(weight.astype(np.float64), return_counts=True)
-
-        def error(palette: Any, values: Any = values, counts: Any = counts) -> float:
-            return float(counts @ (values - palette[nearest(values, palette)]) ** 2)
-
-        makers = (optimal_palette if size <= EXACT[bits] else good_palette, optimal_palette)
-        ours, best = (make(values, counts.astype(float), 1 << bits) for make in makers)
-        found[str(size)] = error(ours) / error(best) - 1
+        counted = Histograms.of_one(weight.view(np.uint16))
+        best = optimal_palette(counted.values, counted.counts, 1 << bits)[None]
+        ours = best if size <= EXACT[bits] else good_palettes(counted, 1 << bits)
+        found[str(size)] = counted.error(ours) / counted.error(best) - 1
     return found
 
 

@@ -1,8 +1,8 @@
 """Palettes: the 2^b numbers that stand for a weight's values with the least squared error (k-means on a line).
 
-fp16 has 65536 values, so a weight is a histogram: sorted values and how often each occurs. On a line the clusters are
-intervals, and the best ones are found exactly by dynamic programming; for large weights the histogram is made coarser
-first, and Lloyd's iterations on the full one take the rest of the way.
+On a line the clusters are intervals, and the best ones are found exactly by dynamic programming (`optimal_palette`).
+For large weights, and for many groups at once, the histogram is made coarser first, to cells of which a cluster has a
+few; Lloyd's iterations on the full one take the rest of the way (`good_palettes`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from glassine.convert.histogram import Floats, Histograms, Ints
 
-_PER_CLUSTER = {16: 6, 64: 4, 256: 4}  # cells of the coarse histogram; the error stays within 0.8 % of the optimum
-_ROUNDS = 200
+_CELLS = {16: 16, 64: 8, 256: 6}  # a cluster, of the coarse histogram
+_WIDEST = 4  # times as many cells a cluster may have; where one has more than half of that, all may have more
+_ROUNDS = 10
+_AT_A_TIME = 1 << 14  # cells in one step of the search: what it works on stays in the processor's cache
 _AT_ONCE = 512  # values of which all intervals are tried at once, for every number of clusters
 
 
@@ -51,27 +53,26 @@ def optimal_palette(values: Floats, counts: Floats, k: int) -> Floats:
     return sums.means(np.array(ends[::-1])) + middle
 
 
-def good_palette(values: Floats, counts: Floats, k: int) -> Floats:
-    """Return k numbers whose squared error is within 1 % of the least, for large histograms.
+def good_palettes(weights: Histograms, k: int) -> Floats:
+    """Return for each group k ascending numbers whose squared error is within 1 % of the least: (G, k).
 
-    Args:
-        values: (n,) distinct, ascending. counts: (n,) positive.
+    A group of fewer values has each of them; the rest repeat the last.
     """
-    cells = _PER_CLUSTER.get(k, 10) * k
-    if len(values) <= 2 * cells:
-        return optimal_palette(values, counts, k)
-    # As a quantizer with many levels has them: in proportion to the cube root of the density (Panter and Dite 1951).
-    widths = np.gradient(values)
-    wanted = np.cumsum((counts / widths) ** (1 / 3) * widths)
-    cell = np.floor(wanted / wanted[-1] * cells * (1 - 1e-12)).astype(np.int64)
-    first = np.concatenate([[0], np.flatnonzero(np.diff(cell)) + 1])
-    weight = np.add.reduceat(counts, first)
-    return _lloyd(values, counts, optimal_palette(np.add.reduceat(counts * values, first) / weight, weight, k))
-
-
-def nearest(values: Floats, palette: Floats) -> NDArray[np.int64]:
-    """Return for each value the index of the palette's nearest number (`palette` ascending)."""
-    return np.searchsorted((palette[1:] + palette[:-1]) / 2, values)
+    each = np.minimum(weights.first[:-1, None] + np.arange(k), weights.first[1:, None] - 1)
+    palettes: Floats = weights.values[each]
+    many = weights.sizes > k
+    if not many.any():
+        return palettes
+    mass, mean = _cells(weights, _CELLS.get(k, 8) * k)
+    palettes[many] = _centres(mass[many], mean[many], k)
+    ends = np.zeros(0, np.int64)
+    for _ in range(_ROUNDS):  # Lloyd: every number moves to the mean of the values nearest to it
+        now = weights.ends(palettes)
+        if np.array_equal(now, ends):
+            break
+        ends = now
+        palettes = weights.means(ends, palettes)
+    return palettes
 
 
 class _Sums:
@@ -120,17 +121,88 @@ def _next_cluster(sums: _Sums, least: Floats, before: NDArray[np.int64], m: int)
     return start, result
 
 
-def _lloyd(values: Floats, counts: Floats, palette: Floats) -> Floats:
-    """Move every number to the mean of the values nearest to it until no value changes sides."""
-    sums = _Sums(values, counts)
-    ends = np.zeros(0, np.int64)
-    for _ in range(_ROUNDS):
-        edges = (palette[1:] + palette[:-1]) / 2
-        now = np.concatenate([[0], np.searchsorted(values, edges), [len(values)]])
-        if np.array_equal(now, ends):
-            break
-        ends = now
-        weight = np.diff(sums.w[ends])
-        means = np.diff(sums.x[ends]) / np.where(weight > 0, weight, 1)
-        palette = np.where(weight > 0, means, palette)
-    return palette
+def _cells(weights: Histograms, n: int) -> tuple[Floats, Floats]:
+    """Make the histograms coarser: n intervals, narrow where a cluster will be; return (mass, mean), both (G, n).
+
+    The best clusters lie as the cube root of the density (Panter and Dite 1951); the fourth root, which this is, gives
+    the tails more cells, and takes square roots alone. No value gets much more than a cell, however lonely it is.
+    """
+    values, counts, first, last = weights.values, weights.counts, weights.first[:-1], weights.first[1:] - 1
+    widths = np.empty_like(values)
+    widths[1:-1] = (values[2:] - values[:-2]) / 2
+    widths[first] = values[np.minimum(first + 1, last)] - values[first]
+    widths[last] = values[last] - values[np.maximum(last - 1, first)]
+    share = np.sqrt(widths * np.sqrt(widths * counts))
+    share[weights.spread(weights.sizes <= n)] = 1.0
+    for _ in range(2):
+        share = np.minimum(share * weights.spread(n / np.add.reduceat(share, first)), 1.0)
+    share *= weights.spread(n / np.add.reduceat(share, first))
+    before = np.cumsum(share) - share
+    cell = (before - weights.spread(before[first]) + 1e-6).astype(np.int64)  # rounding takes no value a cell back
+    cell = np.minimum(cell, n - 1) + weights.spread(np.arange(len(weights)) * n)
+    size = len(weights) * n
+    mass = np.asarray(np.bincount(cell, counts, size), np.float64).reshape(-1, n)
+    moment = np.asarray(np.bincount(cell, counts * values, size), np.float64).reshape(-1, n)
+    return mass, moment / np.maximum(mass, 1)
+
+
+def _centres(mass: Floats, mean: Floats, k: int) -> Floats:
+    """Return the means of the best k clusters of cells: (G, n) -> (G, k)."""
+    n = mass.shape[1]
+    step = max(1, _AT_A_TIME // n)
+    parts = [slice(start, start + step) for start in range(0, len(mass), step)]
+    ends = np.concatenate([_clusters(mass[part], mean[part], k, min(n, _WIDEST * n // k)) for part in parts])
+    begin = np.zeros((len(mass), 1))
+    sums = [np.concatenate([begin, np.cumsum(each, axis=1)], axis=1) for each in (mass, mass * mean)]
+    weight, moment = (np.diff(np.take_along_axis(each, ends, axis=1), axis=1) for each in sums)
+    # A cluster of empty cells repeats the number before it; the first cell is never empty.
+    return np.maximum.accumulate(np.where(weight > 0, moment / np.maximum(weight, 1), -np.inf), axis=1)
+
+
+def _clusters(mass: Floats, mean: Floats, k: int, widest: int) -> Ints:
+    """Return where the best k clusters of cells end: (G, n) -> (G, k + 1), the first is 0.
+
+    D_m(j) = min over i of D_{m-1}(i) + cost(i, j), as in `optimal_palette`, for i from j - `widest` on, and for all
+    groups and all j at once from which the other clusters reach both ends.
+    """
+    groups, n = mass.shape
+    costs = _costs(mass, mean, widest)
+    least = np.full((k + 1, widest + n + 1, groups), np.inf, np.float32)  # [m, widest + j, g]
+    least[0, widest] = 0
+    tried = np.empty((n + 1, groups), np.float32)
+    for m in range(1, k + 1):
+        low, high = max(m, n - (k - m) * widest), min(n - (k - m), m * widest) + 1
+        best, errors = least[m, widest + low : widest + high], tried[low:high]
+        for cells in range(1, widest + 1):
+            before = least[m - 1, widest + low - cells : widest + high - cells]
+            np.minimum(best, np.add(before, costs[cells - 1, low:high], out=errors), out=best)
+    ends = np.full((groups, k + 1), n)
+    each, back = np.arange(groups)[:, None], np.arange(1, widest + 1)
+    for m in range(k, 0, -1):
+        j = ends[:, m, None]
+        sums = least[m - 1, widest + j - back, each] + costs[back - 1, j, each]
+        ends[:, m - 1] = j[:, 0] - back[sums.argmin(axis=1)]
+    limited = (2 * np.diff(ends, axis=1) > widest).any(axis=1)
+    if widest < n and limited.any():
+        ends[limited] = _clusters(mass[limited], mean[limited], k, min(n, 4 * widest))
+    return ends
+
+
+def _costs(mass: Floats, mean: Floats, widest: int) -> NDArray[np.float32]:
+    """Return [i - 1, j, g]: the squared error of the i cells of group g before j around their mean; infinite for i > j.
+
+    By taking one more cell at a time into the mean (Welford), which loses no digits where values are close.
+    """
+    groups, n = mass.shape
+    costs = np.full((widest, n + 1, groups), np.inf, np.float32)
+    costs[0, 1:] = 0
+    mass, mean = np.ascontiguousarray(mass.T), np.ascontiguousarray(mean.T)
+    weight, centre, cost = mass, mean, np.zeros_like(mass)
+    for i in range(1, widest):
+        weight, centre, cost = weight[1:], centre[1:], cost[1:]
+        more, away = mass[: n - i], mean[: n - i] - centre
+        share = more / np.maximum(weight + more, 1)
+        cost = cost + weight * share * away**2
+        centre, weight = centre + share * away, weight + more
+        costs[i, i + 1 :] = cost
+    return costs

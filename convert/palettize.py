@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.convert.kmeans import good_palette, nearest, optimal_palette
+from glassine.convert.histogram import RANKS, VALUES, Floats, Histograms, borders_of
+from glassine.convert.kmeans import good_palettes, optimal_palette
 from glassine.errors import ConversionError
 
 Half = NDArray[np.float16]
@@ -30,6 +31,7 @@ MAIN_ITEMS = ("indices", "values")  # of which there is one an element
 SMALLEST = 2048  # elements; smaller weights stay as they are
 EXACT = {4: 16384, 6: 4096, 8: 8192}  # bits -> elements up to which the one table of a weight is the best there is
 _PIECE = 1 << 18  # elements at a time, so that what is made of them stays in the processor's cache
+_COUNTED = 1 << 20  # elements of groups that get their tables at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,49 +156,43 @@ def encode(weight: Half, form: Form) -> Encoding:
     """Store a weight (channels first, finite) in a form that `fits` it."""
     if form.kind == "int8":
         return _int8(weight, form)
-    bits = weight.reshape(-1).view(np.uint16)
-    exact = not form.group and len(bits) <= EXACT[form.bits]
-    parts = np.split(bits, weight.shape[0] // form.group) if form.group else [bits]
-    tables = [_Table.of(part, form.bits, exact=exact) for part in parts]
-    loss = Loss(form, len(bits), sum(table.power for table in tables), sum(table.error for table in tables))
-    numbers = np.concatenate([table.numbers for table in tables]).view(np.uint8)
-    return Encoding({"indices": _indices(parts, tables, form.bits), "table": [numbers]}, loss)
+    groups = weight.reshape(weight.shape[0] // form.group if form.group else 1, -1).view(np.uint16)
+    exact = not form.group and weight.size <= EXACT[form.bits]
+    numbers = np.empty((len(groups), 1 << form.bits), np.float16)
+    power = error = 0.0
+    step = max(1, _COUNTED // groups.shape[1])
+    for start in range(0, len(groups), step):
+        part = groups[start : start + step]
+        counted = Histograms.of_groups(part) if form.group else Histograms.of_one(part[0])
+        table = _table(counted, 1 << form.bits, exact=exact)
+        numbers[start : start + step] = table
+        power += counted.power()
+        error += counted.error(table)
+    loss = Loss(form, weight.size, power, error)
+    return Encoding(
+        {"indices": _indices(groups, numbers, form.bits), "table": [numbers.reshape(-1).view(np.uint8)]}, loss
+    )
 
 
-def _indices(parts: Sequence[NDArray[np.uint16]], tables: Sequence[_Table], bits: int) -> Iterator[Bytes]:
-    """The packed indices, a piece of a part at a time; every part fills whole bytes."""
-    for part, table in zip(parts, tables, strict=True):
-        for start in range(0, len(part), _PIECE):
-            yield pack(table.codes[part[start : start + _PIECE]], bits)
+def _table(counted: Histograms, k: int, *, exact: bool) -> Floats:
+    """Make the palette of every group: (G, k), ascending, of fp16 numbers."""
+    if exact:
+        best = optimal_palette(counted.values, counted.counts, k)
+        palettes = np.pad(best, (0, k - len(best)), mode="edge")[None]
+    else:
+        palettes = good_palettes(counted, k)
+    return np.sort(palettes.astype(np.float16), axis=1).astype(np.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """A palette in fp16, the index of every fp16 value (by its bits), and the loss over the weight it is made for."""
-
-    numbers: Half
-    codes: Bytes
-    power: float
-    error: float
-
-    @classmethod
-    def of(cls, bits: NDArray[np.uint16], width: int, *, exact: bool) -> _Table:
-        counts = np.zeros(1 << 16, np.int64)
-        for start in range(0, len(bits), _PIECE):
-            counts += np.bincount(bits[start : start + _PIECE], minlength=1 << 16)
-        present = np.flatnonzero(counts).astype(np.uint16)
-        values = present.view(np.float16).astype(np.float64)
-        values, where = np.unique(values, return_inverse=True)  # ascending; -0 and 0 are one
-        weight = np.asarray(np.bincount(where, counts[present].astype(np.float64)), np.float64)
-        make = optimal_palette if exact else good_palette
-        numbers = np.sort(make(values, weight, 1 << width).astype(np.float16))
-        # The means were rounded to fp16, so which one is nearest is asked of the rounded ones.
-        index = nearest(values, numbers.astype(np.float64))
-        error = float(weight @ (values - numbers.astype(np.float64)[index]) ** 2)
-        codes = np.zeros(1 << 16, np.uint8)
-        codes[present] = index[where]
-        whole = np.pad(numbers, (0, (1 << width) - len(numbers)), mode="edge")
-        return cls(whole, codes, float(weight @ values**2), error)
+def _indices(groups: NDArray[np.uint16], numbers: Half, bits: int) -> Iterator[Bytes]:
+    """The packed indices, a piece of a group at a time; every group fills whole bytes."""
+    # The numbers were rounded to fp16, so which one is nearest is asked of the rounded ones.
+    borders = borders_of(numbers.astype(np.float64))
+    ranks = np.diff(borders, axis=1, prepend=0, append=len(VALUES))
+    for group, lengths in zip(groups, ranks, strict=True):
+        codes = np.repeat(np.arange(1 << bits, dtype=np.uint8), lengths).take(RANKS)
+        for start in range(0, len(group), _PIECE):
+            yield pack(codes.take(group[start : start + _PIECE]), bits)
 
 
 def _int8(weight: Half, form: Form) -> Encoding:

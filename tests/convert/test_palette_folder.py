@@ -15,12 +15,13 @@ from glassine.convert.extras import Extras
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
 from glassine.convert.ingredients import exact_unet
 from glassine.convert.lora import LoraFile
-from glassine.convert.palettize import Form, Palette, _Table
+from glassine.convert.palettize import Form, Palette, encode
 from glassine.convert.swap import add_loras, remove_loras, variant
 from glassine.convert.verify import note_palettes, verify_folder
 from glassine.errors import PackageError
 from glassine.manifest import WEIGHT_FILE, Manifest
 from glassine.runtime.engine import EngineOptions, open_engine
+from glassine.runtime.engine.portable.weights import unpack_bits
 
 PORTABLE = EngineOptions(engine="portable")
 
@@ -210,10 +211,12 @@ def test_a_lora_that_palettes_alone_would_lose():
     weight = (0.03 * rng.standard_t(6, (320, 320))).astype(np.float16)
     delta = (rng.standard_normal((320, 16)) @ rng.standard_normal((16, 320))).astype(np.float32)
     delta *= 0.01 * np.sqrt(np.square(weight, dtype=np.float64).mean() / np.square(delta).mean())
+    six = Form.read("6")
 
     def stored(values):
-        table = _Table.of(values.astype(np.float16).reshape(-1).view(np.uint16), 6, exact=False)
-        return table.numbers[table.codes[values.astype(np.float16).view(np.uint16)]].astype(np.float32)
+        items = {item: np.concatenate(list(of)) for item, of in encode(values.astype(np.float16), six).items.items()}
+        indices = unpack_bits(items["indices"], 6, values.size).reshape(values.shape)
+        return items["table"].view(np.float16)[indices].astype(np.float32)
 
     kept = stored(weight)
     shares = [float(((after - kept) * delta).sum() / np.square(delta).sum()) for after in (
