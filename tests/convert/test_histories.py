@@ -26,13 +26,13 @@ from glassine.convert.addition import add_networks
 from glassine.convert.control import Control, control_networks
 from glassine.convert.extras import Extras
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
-from glassine.convert.forms import ROLE, drop_form, form_of, keep_form
+from glassine.convert.forms import drop_forms, form_of, keep_form
 from glassine.convert.index import SUFFIX, read_indices
 from glassine.convert.lora import LoraFile
 from glassine.convert.swap import add_loras, remove_loras
 from glassine.convert.transparency import TransparentFile, transparent_networks
 from glassine.errors import PackageError
-from glassine.manifest import FILE_NAME, WEIGHT_FILE, Manifest
+from glassine.manifest import FILE_NAME, TUNED, WEIGHT_FILE, Manifest
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 CHECKPOINT = TINY / "tiny.safetensors"
@@ -163,13 +163,13 @@ class Folder(RuleBasedStateMachine):
         layout = "channels_first" if attention == "split" else "channels_last"
         form = type(own)(rows=rows, tokens=own.tokens, attention=attention, layout=layout)
         if form != own:
-            keep_form(self.model, manifest.sizes[0], form, silent)
+            keep_form(self.model, manifest.sizes[0], "unet", form, silent)
             self.remember()
 
-    @precondition(lambda self: ROLE in Manifest.read(self.model).parts)
+    @precondition(lambda self: f"{TUNED}unet" in Manifest.read(self.model).parts)
     @rule()
     def drop(self) -> None:
-        drop_form(self.model, Manifest.read(self.model).sizes[0])
+        drop_forms(self.model, Manifest.read(self.model).sizes[0])
         self.remember()
 
     def remember(self) -> None:
