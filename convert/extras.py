@@ -58,10 +58,12 @@ def _averaged(checkpoint: Checkpoint, detected: Detected) -> Detected:
         raise CheckpointError(f"{checkpoint.path}: --ema chooses between two UNets, and there is none in here")
     table = {name: "model_ema." + unet.key(name).removeprefix("model.").replace(".", "") for name in unet.shapes}
     missing = sorted(key for key in table.values() if key not in checkpoint.tensors)
+    if len(missing) == len(table):
+        raise CheckpointError(f"{checkpoint.path}: holds no EMA weights, as most files; convert it without --ema")
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: {len(missing)} of {len(table)} EMA weights are not in here: {shorten(missing)}; "
-            "most files have none: convert without --ema"
+            "the file is incomplete: convert it without --ema"
         )
     average = FileWeights(checkpoint, {name: Source(key) for name, key in table.items()})
     wrong = [name for name, shape in unet.shapes.items() if average.shapes[name] != shape]

@@ -88,10 +88,10 @@ def verify_folder(
         raise PackageError(f"{folder}: has no part {', '.join(unknown)}, only {', '.join(manifest.parts)}")
     made = _made(folder, manifest, source, given, parts, allow_pickle)
     beyond = sorted(set(parts) - set(made))
-    if beyond or not made:
-        what = ", ".join(beyond) if beyond else "any part"
-        only = f", only {', '.join(made)}" if made else "; it was made of other files"
-        raise PackageError(f"{folder}: {what} cannot be compared with {source}{only}")
+    if not made:
+        raise PackageError(f"{folder}: nothing in it was made of {source}; say which file it was, or convert that one")
+    if beyond:
+        raise PackageError(f"{folder}: {', '.join(beyond)} cannot be compared with {source}, only {', '.join(made)}")
     chosen = [name for name in made if not parts or name in parts]
     reports = []
     for i, name in enumerate(chosen):

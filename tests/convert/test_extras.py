@@ -78,8 +78,12 @@ def test_ema(checkpoints, tiny_checkpoint, tmp_path):
         name = canonical[key.removeprefix("model.diffusion_model.")]
         np.testing.assert_array_equal(read(chosen, name).reshape(value.shape), value.astype(np.float16))
         np.testing.assert_array_equal(read(usual, name).reshape(value.shape), tensors[key].astype(np.float16))
-    with pytest.raises(CheckpointError, match=r"EMA weights are not in here.*convert without --ema"):
+    with pytest.raises(CheckpointError, match="holds no EMA weights"):
         laid_over(tiny_checkpoint, Extras(ema=True))
+    del ema[next(iter(ema))]
+    path = checkpoints.write_safetensors(tmp_path / "part.safetensors", {**tensors, **ema})
+    with pytest.raises(CheckpointError, match=r"1 of \d+ EMA weights are not in here: model_ema.*without --ema"):
+        laid_over(path, Extras(ema=True))
 
 
 @pytest.fixture(scope="module")
