@@ -62,7 +62,7 @@ class PromptTokens:
         """Return the columns of the context that `words` stand in.
 
         Args:
-            words: part of the prompt, with or without its weights and brackets.
+            words: part of the prompt, with or without its weights, brackets and escapes.
             occurrence: which one, from 1, where they stand there several times.
 
         Raises:
@@ -70,6 +70,8 @@ class PromptTokens:
         """
         wanted = _plain(parse_prompt(words))
         finds = list(self._finds(wanted))
+        if not finds:  # brackets that are text, escaped in the prompt alone
+            finds = list(self._finds(clean(words)))
         if not finds:
             inside = ", only as parts of other words" if wanted and wanted in self.text else ""
             raise RequestError(
