@@ -135,7 +135,7 @@ class Manifest:
         path = folder / FILE_NAME
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise PackageError(
                 f"{folder}: no {FILE_NAME} here; expected a folder made by 'glassine convert CHECKPOINT FOLDER'"
             ) from None

@@ -53,6 +53,6 @@ def doctor(as_json: bool) -> None:
         give({f.name: {"status": f.status, "text": f.text, "advice": f.advice} for f in findings}, "", True)
     else:
         for f in findings:
-            click.echo(f"{MARKS[f.status]} {f.name:16} {f.text}" + (f"\n    -> {f.advice}" if f.advice else ""))
+            click.echo(f"{MARKS[f.status]} {f.name:22} {f.text}" + (f"\n    -> {f.advice}" if f.advice else ""))
     if any(f.status == "missing" for f in findings):
         raise SystemExit(1)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from glassine.commands.options import FILE, FOLDER, model_size, options, say
+from glassine.commands.options import FILE, FOLDER, model_size, options, overwrite, say
 
 COMPARE = "compare"
 
@@ -47,6 +47,7 @@ file_options = options(
     click.option("--json", "json_file", metavar="FILE", help="Write all figures there; '-' is stdout."),
     click.option("--chart", "charts", type=FILE, multiple=True, metavar="FILE.png|FILE.svg",
                  help="Draw a chart for a post; may be repeated."),
+    overwrite,
 )  # fmt: skip
 
 
@@ -64,6 +65,7 @@ def bench(
     files: tuple[Path, ...],
     json_file: str | None,
     charts: tuple[Path, ...],
+    overwrite: bool,
     **asked: Any,
 ) -> None:
     """Measure how fast a model is on this machine.
@@ -87,15 +89,17 @@ def bench(
     if str(model) == COMPARE:
         given = [name for name in asked if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given or charts:
-            raise click.UsageError("compare takes files and --json, no other options")
-        _compare(files, json_file)
+            raise click.UsageError("compare takes files, --json and --overwrite, no other options")
+        _compare(files, json_file, overwrite)
     elif files:
         raise click.UsageError(f"one model at a time; got {model} and {', '.join(map(str, files))}")
     else:
-        _measure(model, json_file, charts, asked)
+        _measure(model, json_file, charts, overwrite, asked)
 
 
-def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked: dict[str, Any]) -> None:
+def _measure(
+    model: Path, json_file: str | None, charts: tuple[Path, ...], overwrite: bool, asked: dict[str, Any]
+) -> None:
     from glassine.commands.figures import show
     from glassine.runtime.bench.chart import check_charts, draw
     from glassine.runtime.bench.folder import bench as measure
@@ -106,7 +110,7 @@ def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked
 
     check_charts(charts)
     for path in (*charts, *(() if json_file in (None, "-") else (Path(str(json_file)),))):
-        check_writable(path)
+        check_writable(path, overwrite=overwrite)
     engine = EngineOptions(**{name: asked.pop(name) for name in ("engine", "device", "precision")})
     said = [unit.strip() for unit in asked.pop("units").split(",")]
     units = tuple(SHORT.get(unit, unit) for unit in said)
@@ -117,9 +121,9 @@ def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked
     if json_file == "-":
         click.echo(report.text(), nl=False)
     else:
+        show(report)  # first: what has been measured is seen even where it cannot be written
         if json_file is not None:
             write_text(Path(json_file), report.text())
-        show(report)
     for path in charts:
         draw(report, path)
     failed = [measured.role for measured in report.measured() if measured.failures]
@@ -127,20 +131,22 @@ def _measure(model: Path, json_file: str | None, charts: tuple[Path, ...], asked
         raise click.ClickException(f"not everything could be measured: {', '.join(failed)}; see above")
 
 
-def _compare(files: tuple[Path, ...], json_file: str | None) -> None:
+def _compare(files: tuple[Path, ...], json_file: str | None, overwrite: bool) -> None:
     from glassine.commands.figures import show_comparison
     from glassine.runtime.bench.compare import as_json, compare
-    from glassine.runtime.bench.report import Report, write_text
+    from glassine.runtime.bench.report import Report, check_writable, write_text
 
     if len(files) < 2:
         raise click.UsageError("two files or more can be compared; 'glassine bench MODEL --json FILE' writes them")
+    if json_file not in (None, "-"):
+        check_writable(Path(str(json_file)), overwrite=overwrite)
     compared = compare([Report.read(file) for file in files], _names(files))
     if json_file == "-":
         click.echo(as_json(compared), nl=False)
         return
+    show_comparison(compared)
     if json_file is not None:
         write_text(Path(json_file), as_json(compared))
-    show_comparison(compared)
 
 
 def _names(files: tuple[Path, ...]) -> list[str]:

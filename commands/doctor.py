@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -176,6 +177,10 @@ def _cache() -> list[Finding]:
     from glassine.runtime.engine.cache import Cache, cache_root, folder_size
 
     store = Cache(cache_root())
+    there = next(place for place in (store.root, *store.root.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        advice = "models are compiled anew at every run; set GLASSINE_CACHE to a folder of yours"
+        return [Finding("cache", "note", f"{store.root}: cannot be written", advice)]
     entries = store.entries()
     text = f"{store.root}: {len(entries)} compiled models, {folder_size(store.root) / 1e9:.2f} GB; safe to delete"
     useless = sum(store.state(entry) != "ready" for entry in entries.values())

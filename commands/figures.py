@@ -133,10 +133,16 @@ def _remarks(report: Report) -> Iterator[str]:
                 words = ", and ".join(one.warnings)
                 yield f"doubtful: {measured.role} on {one.asked}: {words}; measure again on a quiet, cool machine"
     yield from map(_batched, report.batching)
-    sources = {one.roof["source"] for part in report.parts for one in part.figures if one.roof is not None}
-    for source in sorted(source for source in sources if source is not None):
-        yield f"limits: {source}"
+    roofs = [one.roof for part in report.parts for one in part.figures if one.roof is not None]
+    yield from dict.fromkeys(_limit(roof) for roof in roofs if roof["source"] is not None)
     yield from (f"note: {note}" for note in report.notes)
+
+
+def _limit(roof: Mapping[str, Any]) -> str:
+    """What a unit could do at most, and who says so."""
+    peaks = ((roof["peak_tflops"], "TFLOP/s"), (roof["peak_gigabytes"], "GB/s"))
+    said = ", ".join(f"{three(most)} {unit}" for most, unit in peaks if most is not None)
+    return f"limits, {said}: {roof['source']}"
 
 
 def _batched(found: Mapping[str, Any]) -> str:

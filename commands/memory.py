@@ -44,9 +44,9 @@ def memory_lines(memory: dict[str, Any]) -> list[str]:
 
 def warn_of_memory(pipe: Pipeline, request: Request, inputs: Inputs, *, low_memory: bool) -> None:
     """Say so where less memory is free than the weights of a picture's parts take."""
-    from glassine.runtime.machine import this_machine
+    from glassine.runtime.machine import available_memory
 
-    free = this_machine().available
+    free = available_memory()
     takes = pipe.memory(pipe.needs(request, inputs))
     if free is None or free >= (takes.low if low_memory else takes.all):
         return

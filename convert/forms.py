@@ -29,6 +29,7 @@ from glassine.convert.package import check_space, read_records
 from glassine.convert.packages import Report
 from glassine.convert.swap import explained, locked
 from glassine.convert.transparency import write_unet
+from glassine.errors import PackageError
 from glassine.manifest import TUNED, WEIGHT_FILE, Manifest, Part, finish_swap
 from glassine.models.config import UNetConfig, restored
 
@@ -178,7 +179,13 @@ def _offsets(package: Path) -> Iterator[int]:
 
 def _network(manifest: Manifest, base: Base, role: str, form: Form, size: Size, key: str, package: str) -> Network:
     """A UNet of the folder in another form, on the weights of the one that it lives beside."""
-    config = restored(UNetConfig, manifest.parts[role].config)
+    part = manifest.parts[role]
+    if "chunks" in part.about and form.attention != part.attention:
+        raise PackageError(
+            f"{part.file}: the chunks of this {role} hold their weights in the order in which its {part.attention} "
+            f"attention reads them; for {form.attention}, convert the checkpoint with --attention {form.attention}"
+        )
+    config = restored(UNetConfig, part.config)
     network = steered_unet(base, key, package)
     return replace(
         network,

@@ -36,6 +36,8 @@ _SETTINGS = tuple(setting.name for setting in dataclasses.fields(Request) if set
 _CONTROL = tuple(setting.name for setting in dataclasses.fields(Control))
 _CONTROL_NUMBERS = ("weight", "start", "stop")
 _SHOWN = 20  # faults that are listed
+_MESSAGE = 1000  # characters of one that are shown
+_LONGEST = 200  # bytes of a picture's name: file systems take 255, a picture that is being written has a longer one
 Json = dict[str, Any]
 
 
@@ -85,7 +87,7 @@ def read_jobs(file: Path, out: Path, *, model: Path | None = None) -> list[Job]:
         try:
             jobs.append(planner.job(number, _fields(line)))
         except GlassineError as error:
-            faults.append(f"{file}:{number}: {error}")
+            faults.append(f"{file}:{number}: {_shortened(str(error))}")
     taken: dict[str, Job] = {}
     for job in jobs:
         # What the file systems of a Mac take for the same name.
@@ -98,6 +100,11 @@ def read_jobs(file: Path, out: Path, *, model: Path | None = None) -> list[Job]:
     if not jobs:
         raise RequestError(f"{file}: has no jobs; expected one JSON object a line")
     return jobs
+
+
+def _shortened(text: str) -> str:
+    """A message without the megabytes that a line may have as a value."""
+    return text if len(text) <= _MESSAGE else f"{text[:_MESSAGE]} ... ({len(text)} characters)"
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
@@ -114,6 +121,7 @@ def _lines(file: Path) -> list[tuple[int, str]]:
 def _fields(line: str) -> Json:
     try:
         fields = json.loads(line, object_pairs_hook=_once, parse_constant=_refused_constant)
+        json.dumps(fields, ensure_ascii=False).encode()  # half of a character (\\ud800) is no text
     except (ValueError, RecursionError) as error:
         raise RequestError(f"damaged ({error}); expected one JSON object") from None
     if not isinstance(fields, dict):
@@ -257,6 +265,8 @@ def _name(fields: Mapping[str, Any], digest: str) -> str:
         return f"{digest[:16]}.png"
     if name.startswith(".") or "\\" in name or Path(name).name != name or not name.lower().endswith(".png"):
         raise RequestError(f'"out" is {name!r}, expected the plain name of a .png file')
+    if len(name.encode()) > _LONGEST:
+        raise RequestError(f'"out" is a name of {len(name.encode())} bytes, expected at most {_LONGEST}')
     return name
 
 

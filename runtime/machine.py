@@ -1,4 +1,8 @@
-"""What machine is this: chip, system, memory, as the system itself says; no library and no model is loaded."""
+"""What machine is this: chip, system, memory, as the system itself says; no library and no model is loaded.
+
+On a Mac each answer is a short process (`sysctl`, `vm_stat`), so that what a start needs is asked by itself: `chip`,
+once, and `available_memory`. What is not answered is unknown, never an error.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,20 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+_SYSCTL = "/usr/sbin/sysctl"  # whatever PATH says: launchd and cron have none with it
+_PATIENCE = 2.0  # seconds; they take some milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """The machine.
 
-    system: "darwin", "linux" ... version: of macOS, as numbers; () elsewhere. arm: whether the processor is an ARM.
-    translated: this Python was made for Intel and runs under Rosetta. memory, available: bytes; None is unknown.
+    system: "darwin", "linux" ... version: of macOS, as numbers; () elsewhere. chip: such as "Apple M2 Pro". arm:
+    whether the processor is an ARM. translated: this Python was made for Intel and runs under Rosetta. memory,
+    available: bytes; None is unknown.
     """
 
     system: str
@@ -31,43 +40,58 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Ask the system."""
-    return _mac() if sys.platform == "darwin" else _other()
-
-
-def _mac() -> Machine:
-    from glassine.runtime.engine.cache import os_build
-
-    release = platform.mac_ver()[0]
-    translated = _sysctl("sysctl.proc_translated") == "1"
-    memory = _sysctl("hw.memsize")
-    return Machine(
-        system="darwin",
-        version=tuple(int(number) for number in re.findall(r"\d+", release)),
-        name=f"macOS {release} ({os_build()})",
-        chip=_sysctl("machdep.cpu.brand_string"),
-        cores=os.cpu_count(),
-        arm=translated or platform.machine() == "arm64",
-        translated=translated,
-        memory=int(memory) if memory.isdecimal() else None,
-        available=reclaimable(_output("vm_stat")),
-    )
-
-
-def _other() -> Machine:
-    memory = _table(Path("/proc/meminfo"), r"^(\w+):\s+(\d+) kB$")
-    chip = _table(Path("/proc/cpuinfo"), r"^(model name)\s*: (.+)$").get("model name", platform.processor())
+    """Ask the system everything."""
+    mac = sys.platform == "darwin"
+    translated = mac and _is_translated()
     return Machine(
         system=sys.platform,
-        version=(),
-        name=platform.platform(),
-        chip=chip,
+        version=_version() if mac else (),
+        name=f"macOS {_release()} ({_build()})" if mac else platform.platform(),
+        chip=chip(),
         cores=os.cpu_count(),
-        arm=platform.machine() in ("arm64", "aarch64"),
-        translated=False,
-        memory=int(memory["MemTotal"]) * 1024 if "MemTotal" in memory else None,
-        available=int(memory["MemAvailable"]) * 1024 if "MemAvailable" in memory else None,
+        arm=translated or platform.machine() in ("arm64", "aarch64"),
+        translated=translated,
+        memory=_whole(_sysctl("hw.memsize")) if mac else _meminfo("MemTotal"),
+        available=available_memory(),
     )
+
+
+@cache
+def chip() -> str:
+    """The processor's name, such as "Apple M2 Pro"; its architecture where the system has no name for it."""
+    if sys.platform == "darwin":
+        name = _sysctl("machdep.cpu.brand_string")
+        if name.startswith("VirtualApple"):  # what Rosetta tells programs for Intel
+            name = _output("/usr/bin/arch", "-arm64", _SYSCTL, "-n", "machdep.cpu.brand_string")
+    else:
+        name = _table(Path("/proc/cpuinfo"), r"^(model name)\s*: (.+)$").get("model name", platform.processor())
+    return name if name else platform.machine()
+
+
+def available_memory() -> int | None:
+    """Bytes that a program can have without swapping, now; None is unknown."""
+    return reclaimable(_output("/usr/bin/vm_stat")) if sys.platform == "darwin" else _meminfo("MemAvailable")
+
+
+def _is_translated() -> bool:
+    return _sysctl("sysctl.proc_translated") == "1"  # Intel Macs do not know the name
+
+
+@cache
+def _release() -> str:
+    """The version of macOS: Python's own answer is 10.16 where it was built for an old system."""
+    said = _sysctl("kern.osproductversion")
+    return said if said else platform.mac_ver()[0]
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", _release()))
+
+
+def _build() -> str:
+    from glassine.runtime.engine.cache import os_build
+
+    return os_build()
 
 
 def reclaimable(vm_stat: str) -> int | None:
@@ -80,19 +104,29 @@ def reclaimable(vm_stat: str) -> int | None:
 
 
 def _sysctl(name: str) -> str:
-    return _output("sysctl", "-n", name)
+    return _output(_SYSCTL, "-n", name)
 
 
 def _output(*command: str) -> str:
-    """What a command of the system prints; empty if it is not there or refuses."""
+    """What a command of the system prints; empty if it is not there, refuses or hangs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_PATIENCE)
     except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+def _whole(said: str) -> int | None:
+    return int(said) if said.isdecimal() else None
+
+
+def _meminfo(name: str) -> int | None:
+    found = _table(Path("/proc/meminfo"), r"^(\w+):\s+(\d+) kB$")
+    return int(found[name]) * 1024 if name in found else None
 
 
 def _table(path: Path, line: str) -> dict[str, str]:
     try:
-        return dict(re.findall(line, path.read_text(encoding="utf-8"), re.M))
+        return dict(re.findall(line, path.read_text(encoding="utf-8", errors="replace"), re.M))
     except OSError:
         return {}

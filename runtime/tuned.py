@@ -23,7 +23,7 @@ from glassine.errors import PackageError
 from glassine.manifest import Manifest, Part
 from glassine.runtime.engine.cache import os_build
 from glassine.runtime.engine.contract import COMPILED, ComputeUnits, EngineOptions, engine_name
-from glassine.runtime.machine import this_machine
+from glassine.runtime.machine import chip
 
 FORMAT_VERSION = 1
 Size = tuple[int, int]
@@ -118,7 +118,7 @@ def place_of(folder: Path, manifest: Manifest, size: Size, engine: str) -> Path 
         return None
     content = unet.source_sha256 if unet.source_sha256 else programs_of(folder, unet)
     form = [unet.attention, unet.layout, unet.palette, unet.inputs]
-    facts = [content, form, size, this_machine().chip, os_build(), engine]
+    facts = [content, form, size, chip(), os_build(), engine]
     return config_root() / "tuned" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.json"
 
 

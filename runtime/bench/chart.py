@@ -7,13 +7,13 @@ logarithmic, since a text encoder takes a hundredth of a UNet's time; that of th
 from __future__ import annotations
 
 import importlib.util
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassine.errors import MissingDependency, RequestError
+from glassine.runtime.bench.report import written_whole
 from glassine.runtime.bench.settings import SHORT
 from glassine.runtime.bench.words import seconds, three
 
@@ -78,13 +78,9 @@ def draw(report: Report, path: Path) -> None:
                 _draw_parts(axes, report.parts)
             top -= tall + _GAP
         _write_words(figure, report, height)
-        beside = path.with_name(f".{os.getpid()}-{path.name}")
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        try:
+        with written_whole(path) as beside:
             figure.savefig(beside, dpi=200, metadata=metadata)
-            os.replace(beside, path)
-        except OSError as error:
-            raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def _write_words(figure: Figure, report: Report, height: float) -> None:
@@ -204,12 +200,12 @@ def _small_print(report: Report) -> str:
     measured = report.measured()
     counts = sorted({len(one.samples) for part in measured for one in part.figures})
     spelled = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    orders = ", ".join(dict.fromkeys(part.order for part in measured))
+    orders = ", ".join(dict.fromkeys(part.order for part in measured if part.order != "alone"))
     doubtful = sum(bool(one.warnings) for part in measured for one in part.figures)
     load = report.machine["before"]["load"]
     lines = [
-        f"Dot: median. Thick line: quartile to quartile. Thin lines: every one of {spelled} timed calls. Contenders: "
-        f"{orders}. A hollow dot ran on other units than those asked for.",
+        f"Dot: median. Thick line: quartile to quartile. Thin lines: every one of {spelled} timed calls. "
+        + (f"Contenders: {orders}. A hollow dot ran on other units than those asked for." if orders else ""),
         f"Batch {report.model['batch']}, {report.model['tokens']} tokens. Load average before: {load[0]:.2f}. "
         + (f"{doubtful} series are doubtful (spread or drift). " if doubtful else "")
         + f"Glassine {report.glassine}, {report.started[:10]}.",

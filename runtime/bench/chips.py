@@ -17,10 +17,7 @@ _CORES = {"M1": (8, 16, 32, 64), "M2": (10, 19, 38, 76), "M3": (10, 18, 40, 80),
 # TFLOP/s of one GPU core. float16 runs at the rate of float32 (measured for M1 and M2: philipturner/metal-benchmarks).
 # M5's cores have matrix units of which Apple says no more than "over 4x the peak GPU compute for AI compared to M4".
 _GPU_CORE = {
-    "M1": (
-        2.6 / 8,
-        "Apple",
-    ),  # "2.6 teraflops", Apple's announcement of M1, 2020-11-10; M1 Pro 5.2, M1 Max 10.4: the same
+    "M1": (2.6 / 8, "Apple"),  # "2.6 teraflops", Apple's announcement of M1, 2020-11-10; M1 Pro 5.2, M1 Max 10.4 alike
     "M2": (3.6 / 10, "Apple"),  # "3.6 teraflops", Apple's announcement of M2, 2022-06-06
     "M3": (4.1 / 10, "not Apple's figure"),  # huggingface.js, hardware.ts: 4.1 TFLOPS in float32
     "M4": (4.6 / 10, "not Apple's figure"),  # huggingface.js, hardware.ts: 4.6 TFLOPS in float32

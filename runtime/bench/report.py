@@ -10,7 +10,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -168,15 +169,34 @@ class Report:
         )
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, overwrite: bool) -> None:
     """Refuse a path that could not be written, before anything is measured.
 
     Raises:
-        RequestError: it is a folder, or in one that is not there or may not be written.
+        RequestError: it is a folder, or in one that is not there or may not be written; or it is there already.
     """
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RequestError(f"{path}: cannot be written; choose a file in a folder that is there and yours")
+    if path.exists() and not overwrite:
+        raise RequestError(f"{path}: exists; choose another name or pass --overwrite to replace it")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place at the end; if that fails, nothing is left.
+
+    Raises:
+        RequestError: it cannot be written there.
+    """
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,12 +205,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RequestError: it cannot be written there.
     """
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
+    with written_whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
 
 def schema() -> Json:

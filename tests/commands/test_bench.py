@@ -6,6 +6,7 @@ The stub's clock moves only when it is told to: figures are compared with what w
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import shutil
@@ -77,7 +78,7 @@ def test_figures_are_those_that_were_planned(glassine, plan, mac, tiny_folder, t
     assert report.pictures.about == {"steps": 20}
     assert report.settings["asked"] == ["ane", "gpu"]
     for said in ("unet", "  ane *", "200 ms (198-202) n=10", "400 ms (396-404) n=10", "a picture, 20 steps",
-                 "8.00 s (8.00-8.00) n=10", "7.50", "limits: published, M1, GPU with 8 cores: Apple"):  # fmt: skip
+                 "8.00 s (8.00-8.00) n=10", "7.50", "limits, 2.60 TFLOP/s, 68.2 GB/s: published, M1, GPU with 8"):  # fmt: skip
         assert said in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     with Image.open(tmp_path / "a.png") as picture:
@@ -194,6 +195,33 @@ def test_what_cannot_be_measured_is_refused_before_it_takes_time(
     assert said in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--json", "--chart"])
+def test_a_file_that_is_there_is_not_replaced(glassine, tiny_folder, tmp_path, option):
+    (tmp_path / "a.png").touch()
+    result = glassine("bench", tiny_folder, option, "a.png")
+    assert (result.exit_code, "a.png: exists" in result.stderr, "--overwrite" in result.stderr) == (1, True, True)
+    (tmp_path / "a.json").write_text("{}")
+    compared = glassine("bench", "compare", "a.json", "a.json", "--json", "a.json")
+    assert "a.json: exists" in compared.stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--chart"])
+def test_a_full_disk_leaves_the_table(glassine, plan, tiny_folder, tmp_path, monkeypatch, option):
+    plan({"cpu_and_ne": 0.1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("glassine.runtime.bench.report.os.replace", full)
+    result = glassine(
+        "bench", tiny_folder, *QUICK, "--units", "ane", "--part", "unet", "--pictures", 0, option, "a.png"
+    )
+    assert result.exit_code == 1
+    assert "a.png: cannot be written (No space left on device)" in result.stderr
+    assert "100 ms" in result.stdout
+    assert not list(tmp_path.glob("*a.png"))
+
+
 def test_a_chart_without_matplotlib_is_refused(glassine, tiny_folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
@@ -273,8 +301,8 @@ def test_compare_shows_ratios(glassine, tmp_path):
         (("before.json", "nothing.json"), 1, "nothing.json: cannot be read"),
         (("before.json",), 2, "two files or more"),
         ((), 2, "two files or more"),
-        (("before.json", "after.json", "--runs", 30), 2, "compare takes files and --json, no other options"),
-        (("before.json", "after.json", "--chart", "a.png"), 2, "compare takes files and --json, no other options"),
+        (("before.json", "after.json", "--runs", 30), 2, "compare takes files, --json and --overwrite, no other"),
+        (("before.json", "after.json", "--chart", "a.png"), 2, "compare takes files, --json and --overwrite, no other"),
     ):
         refused = glassine("bench", "compare", *files)
         assert refused.exit_code == code

@@ -24,9 +24,17 @@ Pages free:                               10000.
 Pages active:                            200000.
 Pages inactive:                           20000.
 Pages speculative:                         3000.
+Pages throttled:                              0.
+Pages wired down:                        104871.
 Pages purgeable:                            400.
 "Translation faults":                 123456789.
+Pages copy-on-write:                   20941316.
+Pages zero filled:                    307410812.
+File-backed pages:                       157211.
+Pages stored in compressor:              591038.
+Swapouts:                                     0.
 """
+INTEL_VM_STAT = VM_STAT.replace("16384", "4096")
 
 
 @pytest.fixture(autouse=True)
@@ -123,24 +131,72 @@ def test_the_health_of_the_cache(found, tmp_path):
     }
 
 
+def test_a_cache_that_cannot_be_written_is_named(found, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "cache"):
+        monkeypatch.setenv("GLASSINE_CACHE", str(place))
+        finding = found()["cache"]
+        assert (finding.status, finding.text) == ("note", f"{place}: cannot be written")
+        assert "GLASSINE_CACHE" in finding.advice
+
+
 def test_memory_as_vm_stat_says():
     assert reclaimable(VM_STAT) == 16384 * 33400
     assert reclaimable("") is None
 
 
-def test_a_mac_is_asked(monkeypatch):
-    answers = {
-        ("sysctl", "-n", "sysctl.proc_translated"): "1",
-        ("sysctl", "-n", "hw.memsize"): "17179869184",
-        ("sysctl", "-n", "machdep.cpu.brand_string"): "Apple M2 Pro",
-        ("vm_stat",): VM_STAT,
-    }
-    monkeypatch.setattr(machine_module, "_output", lambda *command: answers[command])
-    monkeypatch.setattr(machine_module.platform, "mac_ver", lambda: ("15.5", ("", "", ""), "x86_64"))
-    monkeypatch.setattr(cache, "os_build", lambda: "24F74")
-    said = machine_module._mac()
-    expected = replace(MAC, cores=said.cores, translated=True, memory=16 << 30, available=16384 * 33400)
+@pytest.fixture
+def mac(monkeypatch):
+    """mac({command: what it prints}, architecture of Python) -> the machine."""
+
+    def ask(answers, architecture="arm64"):
+        names = {"sysctl.proc_translated": "", "hw.memsize": "17179869184", "kern.osproductversion": "15.5", **answers}
+        commands = {("/usr/sbin/sysctl", "-n", name): said for name, said in names.items()}
+        commands[("/usr/bin/vm_stat",)] = names.get("vm_stat", VM_STAT)
+        commands[("/usr/bin/arch", "-arm64", "/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")] = "Apple M2 Pro"
+        monkeypatch.setattr(sys, "platform", "darwin")
+        monkeypatch.setattr(machine_module, "_output", lambda *command: commands[command])
+        monkeypatch.setattr(machine_module.platform, "machine", lambda: architecture)
+        monkeypatch.setattr(machine_module.platform, "mac_ver", lambda: ("10.16", ("", "", ""), architecture))
+        monkeypatch.setattr(cache, "os_build", lambda: "24F74")
+        for known in (machine_module.chip, machine_module._release):
+            monkeypatch.setattr(machine_module, known.__name__, known.__wrapped__)
+        return this_machine()
+
+    return ask
+
+
+@pytest.mark.parametrize("chip", ["Apple M1", "Apple M2 Pro", "Apple M3 Max", "Apple M4", "Apple M1 (Virtual)"])
+def test_what_a_mac_says_of_itself(mac, chip):
+    said = mac({"machdep.cpu.brand_string": chip})
+    expected = replace(MAC, chip=chip, cores=said.cores, available=16384 * 33400)
     assert said == expected
+
+
+def test_a_python_for_intel_under_rosetta(mac):
+    """Rosetta hides the chip from what runs under it."""
+    said = mac({"sysctl.proc_translated": "1", "machdep.cpu.brand_string": "VirtualApple @ 2.50GHz"}, "x86_64")
+    assert (said.chip, said.arm, said.translated) == ("Apple M2 Pro", True, True)
+
+
+def test_an_intel_mac(mac):
+    name = "Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz"
+    said = mac({"machdep.cpu.brand_string": name, "vm_stat": INTEL_VM_STAT, "hw.memsize": "34359738368"}, "x86_64")
+    assert (said.chip, said.arm, said.translated) == (name, False, False)
+    assert (said.memory, said.available) == (32 << 30, 4096 * 33400)
+
+
+def test_a_mac_that_does_not_answer(mac):
+    """A sandbox, or a system under such load that no process starts in time."""
+    silent = dict.fromkeys(("machdep.cpu.brand_string", "hw.memsize", "kern.osproductversion", "vm_stat"), "")
+    said = mac(silent)
+    assert (said.chip, said.memory, said.available, said.version) == ("arm64", None, None, (10, 16))
+
+
+@pytest.mark.parametrize("command", [("sleep", "60"), ("false",), ("/nowhere/sysctl",), ("printf", "\\377")])
+def test_a_command_that_hangs_or_fails_is_no_error(monkeypatch, command):
+    monkeypatch.setattr(machine_module, "_PATIENCE", 0.2)
+    assert machine_module._output(*command) in ("", "\N{REPLACEMENT CHARACTER}")
 
 
 def test_this_machine(glassine):

@@ -140,10 +140,10 @@ def test_damage_is_said_with_its_place(raw, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
-    check_writable(tmp_path / "a.json")
+    check_writable(tmp_path / "a.json", overwrite=False)
     for path in (tmp_path, tmp_path / "nothing" / "a.json"):
         with pytest.raises(RequestError, match="cannot be written"):
-            check_writable(path)
+            check_writable(path, overwrite=False)
         with pytest.raises(RequestError, match="cannot be written"):
             write_text(path, "{}")
     assert list(tmp_path.iterdir()) == []
