@@ -164,7 +164,11 @@ class Folder(RuleBasedStateMachine):
         form = type(own)(rows=rows, tokens=own.tokens, attention=attention, layout=layout)
         if form != own:
             other = self.layout == "chunks" and attention != "split"  # its weights are asked for in another order
-            refused = pytest.raises(PackageError, match="hold their weights in the order") if other else contextlib.nullcontext()
+            refused = (
+                pytest.raises(PackageError, match="hold their weights in the order")
+                if other
+                else contextlib.nullcontext()
+            )
             with refused:
                 keep_form(self.model, manifest.sizes[0], "unet", form, silent)
             self.remember()
