@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Collection
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from glassine.commands.options import as_json, bar, engine_of, engine_options, give, overwrite, say
+
+if TYPE_CHECKING:
+    from glassine.runtime.engine import EngineOptions
 
 
 @click.command()
@@ -49,8 +54,9 @@ def recipe(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
     forms = [Form.read(words) for words in asked["forms"].split(",")]
     import_coremltools()
     detected = detect(open_checkpoint(source))
-    with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".glassine_recipe_") as place, bar("") as advance:
-        judge = recipes.Judge(detected.family.unet, detected.parts["unet"], Path(place), _Run(engine_of(asked)))
+    scratch = tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".glassine_recipe_")
+    with scratch as place, closing(_Run(engine_of(asked))) as run, bar("") as advance:
+        judge = recipes.Judge(detected.family.unet, detected.parts["unet"], Path(place), run)
         groups = recipes.measure(judge, forms, advance)
         chosen = recipes.choose(groups, forms, megabytes=asked["megabytes"], decibels=asked["decibels"])
         palette = recipes.recipe(groups, chosen)
@@ -67,21 +73,28 @@ def recipe(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
 
 
 class _Run:
-    """A package -> its output on the same random inputs every time."""
+    """Runs the package on the same random inputs every time."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: EngineOptions) -> None:
         self._options = options
+        self._engine: Any = None
 
-    def __call__(self, package: Path) -> Any:
+    def __call__(self, package: Path, changed: Collection[int]) -> Any:
         import numpy as np
 
         from glassine.runtime.engine import open_engine
 
-        engine = open_engine(package, self._options)
-        try:
-            rng = np.random.default_rng(0)
-            given = {name: rng.standard_normal(spec.shape).astype(np.float32) for name, spec in engine.inputs.items()}
-            given["timestep"] = np.full(engine.inputs["timestep"].shape, 500.0, np.float32)
-            return np.array(engine.predict(**given)["noise_pred"])
-        finally:
-            engine.close()
+        if hasattr(self._engine, "reread"):
+            self._engine.reread(changed)
+        else:  # the first time; and Core ML compiles the weights into the model
+            self.close()
+            self._engine = open_engine(package, self._options)
+        inputs = self._engine.inputs
+        rng = np.random.default_rng(0)
+        given = {name: rng.standard_normal(spec.shape).astype(np.float32) for name, spec in inputs.items()}
+        given["timestep"] = np.full(inputs["timestep"].shape, 500.0, np.float32)
+        return np.array(self._engine.predict(**given)["noise_pred"])
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()

@@ -153,7 +153,7 @@ def _write_records(out: int, records: list[Record], plan: Plan, weights: WeightS
     """Write one record, or those that one weight is stored in; return their bytes."""
     content = records[0].content
     if isinstance(content, Encoded):
-        encoding = encode(_half(content, weights), content.form)
+        encoding = encode(read_half(content.weight, content.shape, weights), content.form)
         plan.losses[content.weight.name] = encoding.loss
     for record in records:
         write_all(out, _metadata(record), record.offset)
@@ -168,11 +168,15 @@ def _write_records(out: int, records: list[Record], plan: Plan, weights: WeightS
     return sum(record.nbytes for record in records)
 
 
-def _half(encoded: Encoded, weights: WeightSource) -> NDArray[np.float16]:
-    """The whole weight in fp16, as a plain record would hold it."""
-    half = np.empty(encoded.shape, np.float16)
+def read_half(weight: Weight, shape: tuple[int, ...], weights: WeightSource) -> NDArray[np.float16]:
+    """Return the whole weight in fp16 and in the program's shape, as a plain record holds it.
+
+    Raises:
+        ConversionError: it is not finite, or too large for fp16.
+    """
+    half = np.empty(shape, np.float16)
     flat = half.reshape(-1).view(np.uint8)
-    for data, position in _content(Record(0, encoded.shape, "float16", encoded.weight), weights):
+    for data, position in _content(Record(0, shape, "float16", weight), weights):
         flat[position : position + len(data)] = data
     return half
 

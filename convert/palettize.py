@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.convert.histogram import RANKS, VALUES, Floats, Histograms, borders_of
+from glassine.convert.histogram import RANKS, VALUES, Floats, Histograms, Ints, borders_of
 from glassine.convert.kmeans import good_palettes, optimal_palette
 from glassine.errors import ConversionError
 
@@ -156,8 +156,30 @@ def encode(weight: Half, form: Form) -> Encoding:
     """Store a weight (channels first, finite) in a form that `fits` it."""
     if form.kind == "int8":
         return _int8(weight, form)
-    groups = weight.reshape(weight.shape[0] // form.group if form.group else 1, -1).view(np.uint16)
-    exact = not form.group and weight.size <= EXACT[form.bits]
+    groups = _groups(weight, form)
+    numbers, loss = _tables(groups, form)
+    table = numbers.reshape(-1).view(np.uint8)
+    return Encoding({"indices": _indices(groups, numbers, form.bits), "table": [table]}, loss)
+
+
+def approximated(weight: Half, form: Form) -> Half:
+    """Return what a palette makes of a weight that it `fits`: every value becomes the nearest number of its table."""
+    groups = _groups(weight, form)
+    numbers, _ = _tables(groups, form)
+    nearest = np.empty_like(groups)
+    for group, row, lengths, out in zip(groups, numbers, _lengths(numbers), nearest, strict=True):
+        np.repeat(row.view(np.uint16), lengths).take(RANKS).take(group, out=out, mode="clip")
+    return nearest.view(np.float16).reshape(weight.shape)
+
+
+def _groups(weight: Half, form: Form) -> NDArray[np.uint16]:
+    """The bits of a weight's values, a row for each table."""
+    return weight.reshape(weight.shape[0] // form.group if form.group else 1, -1).view(np.uint16)
+
+
+def _tables(groups: NDArray[np.uint16], form: Form) -> tuple[Half, Loss]:
+    """Make the palettes: (G, m) bits -> (G, 2^b), ascending, and what is lost."""
+    exact = not form.group and groups.size <= EXACT[form.bits]
     numbers = np.empty((len(groups), 1 << form.bits), np.float16)
     power = error = 0.0
     step = max(1, _COUNTED // groups.shape[1])
@@ -168,10 +190,7 @@ def encode(weight: Half, form: Form) -> Encoding:
         numbers[start : start + step] = table
         power += counted.power()
         error += counted.error(table)
-    loss = Loss(form, weight.size, power, error)
-    return Encoding(
-        {"indices": _indices(groups, numbers, form.bits), "table": [numbers.reshape(-1).view(np.uint8)]}, loss
-    )
+    return numbers, Loss(form, groups.size, power, error)
 
 
 def _table(counted: Histograms, k: int, *, exact: bool) -> Floats:
@@ -184,12 +203,14 @@ def _table(counted: Histograms, k: int, *, exact: bool) -> Floats:
     return np.sort(palettes.astype(np.float16), axis=1).astype(np.float64)
 
 
+def _lengths(numbers: Half) -> Ints:
+    """Return of how many fp16 values each number is the nearest: (G, k). Asked of the numbers after their rounding."""
+    return np.diff(borders_of(numbers.astype(np.float64)), axis=1, prepend=0, append=len(VALUES))
+
+
 def _indices(groups: NDArray[np.uint16], numbers: Half, bits: int) -> Iterator[Bytes]:
     """The packed indices, a piece of a group at a time; every group fills whole bytes."""
-    # The numbers were rounded to fp16, so which one is nearest is asked of the rounded ones.
-    borders = borders_of(numbers.astype(np.float64))
-    ranks = np.diff(borders, axis=1, prepend=0, append=len(VALUES))
-    for group, lengths in zip(groups, ranks, strict=True):
+    for group, lengths in zip(groups, _lengths(numbers), strict=True):
         codes = np.repeat(np.arange(1 << bits, dtype=np.uint8), lengths).take(RANKS)
         for start in range(0, len(group), _PIECE):
             yield pack(codes.take(group[start : start + _PIECE]), bits)

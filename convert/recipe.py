@@ -1,6 +1,6 @@
 """Which layers of a UNet keep more bits: measured by what each one does to the output, not guessed.
 
-    for each group of layers:  a package in which they alone have the fewest bits  ->  noise in the output
+    for each group of layers:  the UNet in which they alone have the fewest bits  ->  noise in the output
     noise and bytes of every group  ->  the recipe that `convert --palette` reads
 
 Errors of weights are small and independent, so the noise of groups adds up, and each further bit takes away 6 dB: one
@@ -11,23 +11,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.convert.package import write_package
-from glassine.convert.palettize import Form, Palette
+from glassine.convert.clone import write_all
+from glassine.convert.package import read_half, write_package
+from glassine.convert.palettize import Form, Palette, approximated
 from glassine.convert.program import Requests, bits_of, lower
 from glassine.convert.weights import WeightSource
 from glassine.errors import ConversionError
+from glassine.manifest import WEIGHT_FILE
 from glassine.models.config import UNetConfig
 
-Run = Callable[[Path], NDArray[np.float32]]  # a package -> its output, on inputs that are always the same
+# A package, and the offsets at which its weight file has changed since the last run -> its output, on inputs that are
+# always the same.
+Run = Callable[[Path, Collection[int]], NDArray[np.float32]]
 Report = Callable[[int, int, str], None]
 
+_WRITERS = 2
 PIXELS = 64  # side of the picture that noise is measured on: weights, not activations, cost the time
 _KINDS = ("attentions", "resnets", "downsamplers", "upsamplers")
 
@@ -51,33 +57,47 @@ class Group:
 
 
 class Judge:
-    """Runs a UNet, for a small picture, with some of its weights in fewer bits."""
+    """Runs a UNet, for a small picture, with some of its weights in fewer bits.
+
+    The package is written once; then weights of fewer bits stand in its weight file as the numbers that they become.
+    """
 
     def __init__(self, config: UNetConfig, weights: WeightSource, scratch: Path, run: Run) -> None:
-        """Write the graph.
+        """Write the package.
 
         Args:
-            scratch: a folder for one package at a time. run: runs it.
+            scratch: a folder for it. run: runs it.
         """
         from glassine.models.unet import unet
 
         cells = PIXELS // 8
         requests = Requests(weights.shapes)
-        self._program = unet(
-            config, requests, batch=1, height=cells, width=cells, attention="einsum", layout="channels_last"
-        )
+        program = unet(config, requests, batch=1, height=cells, width=cells, attention="einsum", layout="channels_last")
+        lowered = lower(program)
         self._package, self._run = scratch / "measured.mlpackage", run
+        self._places = {weight.name: (record, weight) for record, weight in lowered.plan.weights()}
+        self._rough: set[str] = set()  # weights that stand in fewer bits in the file
         self.weights = weights
-        self.plain = self._output(None)
+        write_package(self._package, lowered, weights)
+        self.plain = run(self._package, ())
 
     def noise(self, palette: Palette) -> float:
         """Return the power of the output's error over that of the output."""
-        error = np.square(self._output(palette) - self.plain, dtype=np.float64).mean()
-        return float(error / np.square(self.plain, dtype=np.float64).mean())
+        halves = [name for name, (record, _) in self._places.items() if record.dtype == "float16"]
+        forms = {name: palette.form_of(name, self.weights.shapes[name]) for name in halves}
+        rough = {name for name, form in forms.items() if form is not None}
+        changed = sorted(rough | self._rough)
+        with (self._package / WEIGHT_FILE).open("r+b", buffering=0) as file, ThreadPoolExecutor(_WRITERS) as pool:
+            list(pool.map(lambda name: self._write(file.fileno(), name, forms[name]), changed))
+        self._rough = rough
+        error = self._run(self._package, [self._places[name][0].offset for name in changed]) - self.plain
+        return float(np.square(error, dtype=np.float64).mean() / np.square(self.plain, dtype=np.float64).mean())
 
-    def _output(self, palette: Palette | None) -> NDArray[np.float32]:
-        write_package(self._package, lower(self._program, palette=palette), self.weights, overwrite=True)
-        return self._run(self._package)
+    def _write(self, file: int, name: str, form: Form | None) -> None:
+        record, weight = self._places[name]
+        half = read_half(weight, record.shape, self.weights)
+        stored = half if form is None else approximated(half, form)
+        write_all(file, stored.reshape(-1).view(np.uint8).data, record.data_offset)
 
 
 def measure(judge: Judge, forms: Sequence[Form], report: Report) -> list[Group]:

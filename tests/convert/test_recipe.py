@@ -9,9 +9,12 @@ import pytest
 from glassine.convert import recipe
 from glassine.convert.checkpoint import open_checkpoint
 from glassine.convert.detect import detect
+from glassine.convert.package import write_package
 from glassine.convert.palettize import Form, Palette
+from glassine.convert.program import Requests, lower
 from glassine.convert.recipe import Group, Judge, choose, group_of, measure, signal_to_noise, write_recipe
 from glassine.errors import ConversionError
+from glassine.models.unet import unet
 from glassine.runtime.engine import EngineOptions, open_engine
 
 FORMS = [Form("palette", bits) for bits in (4, 6, 8)]
@@ -92,8 +95,13 @@ def test_the_noise_of_a_unet_adds_up(tiny_checkpoint, tmp_path):
     """The smallest network here: groups alone, then all of them, in 4 bits."""
     detected = detect(open_checkpoint(tiny_checkpoint))
 
-    def run(package):
-        engine = open_engine(package, EngineOptions(engine="portable"))
+    engines = {}
+
+    def run(package, changed):
+        if package not in engines:
+            engines[package] = open_engine(package, EngineOptions(engine="portable"))
+        engine = engines[package]
+        engine.reread(changed)
         rng = np.random.default_rng(0)
         given = {name: rng.standard_normal(spec.shape).astype(np.float32) for name, spec in engine.inputs.items()}
         return np.array(engine.predict(**given)["noise_pred"])
@@ -107,6 +115,17 @@ def test_the_noise_of_a_unet_adds_up(tiny_checkpoint, tmp_path):
     assert 0.3 < together / sum(group.noise for group in groups) < 2.0  # measured in the test run
     finer = judge.noise(Palette(Form("palette", 6)))
     assert 6 < 10 * np.log10(together / finer) < 18  # 12 dB for two bits
+
+    # What stands in the weight file is what a package in this form computes with, and it can be taken back.
+    mixed = Palette(None, dict.fromkeys(groups[0].weights, FORMS[0]) | dict.fromkeys(groups[-1].weights, FORMS[1]))
+    noise = judge.noise(mixed)
+    requests = Requests(detected.parts["unet"].shapes)
+    program = unet(detected.family.unet, requests, height=8, width=8, batch=1, attention="einsum",
+                   layout="channels_last")  # fmt: skip
+    write_package(tmp_path / "a.mlpackage", lower(program, palette=mixed), detected.parts["unet"])
+    error = run(tmp_path / "a.mlpackage", ()) - judge.plain
+    assert noise == np.square(error, dtype=np.float64).mean() / np.square(judge.plain, dtype=np.float64).mean() > 0
+    assert judge.noise(Palette(None)) == 0
 
 
 def test_forms_in_another_order_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from glassine.runtime.engine.portable.numerics import Numerics, open_device
 from glassine.runtime.engine.portable.ops.constexpr import DECOMPRESS
 from glassine.runtime.engine.portable.program import Block, Constant, Function, Operation, Program, read_package
 from glassine.runtime.engine.portable.registry import KERNELS, Kernel, Node, from_value
+from glassine.runtime.engine.portable.weights import WeightFile
 
 Environment = list[Any]
 Step = Callable[[Environment], None]
@@ -392,6 +393,18 @@ class PortableEngine:
         except EngineError as error:
             raise EngineError(f"{self._program.package}: {error}") from error
         return {name: to_array(results[name]) for name in self.outputs}
+
+    def reread(self, offsets: Collection[int]) -> None:
+        """Take the records at these offsets from the package's weight file again, in which they were changed.
+
+        Raises:
+            PackageError: the file does not hold them any more.
+        """
+        fresh = {id(file): WeightFile(file.path) for file in self._program.weights.values()}
+        for (file, offset, type_), tensor in self._executable.records.items():
+            if offset in offsets:
+                array = fresh[file].read(offset, type_.dtype, tuple(tensor.shape), name=f"the record at {offset}")
+                tensor.copy_(self._executable.numerics.tensor(array, type_.dtype))
 
     def close(self) -> None:
         """Drop the weights; the engine cannot be used afterwards."""
