@@ -164,8 +164,11 @@ class Pipeline:
             RequestError: a setting, picture or map cannot be drawn with.
             EngineError: a package cannot be run.
         """
+        from glassine.runtime.collage import Collage
+
         maps = MapSource(map=change_map, mask=mask, softness=softness)
-        request = self.request({"prompt": prompt, **settings}, image_alone=image is not None and maps.source is None)
+        alone = image is not None and maps.source is None and not isinstance(image, Collage)
+        request = self.request({"prompt": prompt, **settings}, image_alone=alone)
         arrays = inputs if inputs is not None else {}
         read = self._read(image, maps, request, arrays)
         read = with_controls(read, controls, self.size, request.fit, engine=self._options)

@@ -75,3 +75,22 @@ def tiny_folder(tiny_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("converted") / "tiny"
     convert_checkpoint(tiny_checkpoint, folder, ConvertOptions(sizes=((64, 64),), attention="einsum"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def collage_folder(tiny_checkpoint, checkpoints, controls, tmp_path_factory) -> Path:
+    """`tiny_checkpoint` converted at 64x64 pixels, for collages of two layers, with a control net; read only."""
+    from functools import partial
+
+    from glassine.convert.collage import collage_networks
+    from glassine.convert.control import Control, control_networks
+    from glassine.convert.folder import ConvertOptions, convert_checkpoint
+
+    place = tmp_path_factory.mktemp("collage")
+    net = checkpoints.write_safetensors(
+        place / "canny.safetensors", checkpoints.values(controls.ldm_control(checkpoints, checkpoints.TINY))
+    )
+    further = (partial(collage_networks, 2), partial(control_networks, [Control(net)]))
+    options = ConvertOptions(sizes=((64, 64),), attention="einsum", further=further, name="tiny")
+    convert_checkpoint(tiny_checkpoint, place / "model", options)
+    return place / "model"
