@@ -207,11 +207,11 @@ class Folder(RuleBasedStateMachine):
         assert found.keys() == self.bare.keys()
         for key, stored in found.items():
             (_, _, name, scale), bare = key, self.bare[key]
-            change = fresh[name] - plain[name] if name in plain else np.float32(0)
+            after, before = (fresh[name], plain[name]) if name in plain else (np.float32(0), np.float32(0))
             # Steps of fp16: at conversion a scale and a LoRA are rounded once, in a folder one after the other.
-            largest = np.maximum(np.abs(bare), np.maximum(np.abs(stored), np.abs(change)))
+            largest = np.max(np.abs(np.broadcast_arrays(bare, stored, after, before)), axis=0)
             step = np.spacing((np.float32(scale) * largest).astype(np.float16)).astype(np.float32) / np.float32(scale)
-            apart = np.abs(stored - bare - change) / step
+            apart = np.abs(stored - bare - (after - before)) / step
             assert apart.max() <= (2 if (name, scale) in scaled else 4), (
                 key
             )  # measured 1.0, and 2.2 where this form scales otherwise
