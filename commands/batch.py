@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glassine.commands.draw import watch
-from glassine.commands.lora import lora_dir, with_prompt_loras
+from glassine.commands.lora import prompt_loras, with_prompt_loras
 from glassine.commands.options import (
     FILE,
     FOLDER,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.argument("jobs", type=FILE)
 @click.option("--out", "-o", type=FOLDER, required=True, help="The folder of the pictures.")
 @click.option("--model", type=FOLDER, help="The model of jobs that name none.")
-@lora_dir
+@prompt_loras
 @overwrite
 @engine_options
 @low_memory
@@ -51,7 +51,7 @@ def batch(jobs: Path, out: Path, model: Path | None, as_json: bool, **asked: Any
     from glassine.runtime.jobs import read_jobs
 
     read = read_jobs(jobs, out, model=model)
-    find_model = partial(_with_loras, asked["lora_dirs"])
+    find_model = partial(_with_loras, asked)
     outcomes = []
     for outcome in draw_jobs(read, engine_of(asked), finish=watch, find_model=find_model, overwrite=asked["overwrite"]):
         outcomes.append(outcome)
@@ -67,8 +67,8 @@ def batch(jobs: Path, out: Path, model: Path | None, as_json: bool, **asked: Any
         )
 
 
-def _with_loras(lora_dirs: tuple[Path, ...], model: Path, prompt: str) -> Path:
-    return with_prompt_loras(model, prompt, lora_dirs)
+def _with_loras(asked: dict[str, Any], model: Path, prompt: str) -> Path:
+    return with_prompt_loras(model, prompt, asked)
 
 
 def _tell(file: Path, outcome: Outcome, count: str, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import click
 
 from glassine.commands.control import control_option, controls_of
 from glassine.commands.draw import watch
-from glassine.commands.lora import lora_dir, with_prompt_loras
+from glassine.commands.lora import prompt_loras, with_prompt_loras
 from glassine.commands.memory import warn_of_memory
 from glassine.commands.options import (
     FILE,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 @click.option("--from", "replay", type=FILE, help="Draw the collage again that this PNG was drawn from.")
 @control_option
 @sampling_options
-@lora_dir
+@prompt_loras
 @model_size
 @click.option("--preview", type=FILE, help="Write a rough preview to this PNG after every step.")
 @overwrite
@@ -87,7 +87,7 @@ def collage(project: Path | None, out: Path | None, as_json: bool, **asked: Any)
     if model is None:
         raise click.UsageError('which model? Give --model FOLDER, or the project a "model"')
     layers = _with_frozen(asked_for.collage, asked["previous"], asked["only"])
-    model = with_prompt_loras(model, settings.get("prompt", ""), asked["lora_dirs"])
+    model = with_prompt_loras(model, settings.get("prompt", ""), asked)
     size = asked["size"] if asked["size"] is not None else asked_for.size
     with Pipeline.load(model, engine_of(asked), size=size) as pipe:
         request = pipe.request(settings)

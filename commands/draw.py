@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from glassine.commands.control import control_option, controls_of
-from glassine.commands.lora import lora_dir, with_prompt_loras
+from glassine.commands.lora import prompt_loras, with_prompt_loras
 from glassine.commands.memory import warn_of_memory
 from glassine.commands.options import (
     FILE,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @family_options
 @click.option("--count", type=click.IntRange(1), default=1, show_default=True, help="Pictures; each has the next seed.")
 @click.option("--from", "replay", type=FILE, help="Draw again what this PNG says; other options change it.")
-@lora_dir
+@prompt_loras
 @model_size
 @click.option("--preview", type=FILE, help="Write a rough preview to this PNG after every step.")
 @overwrite
@@ -84,7 +84,7 @@ def generate(model: Path, prompt: str | None, out: Path | None, count: int, as_j
     if "seed" not in drawing.settings:
         drawing.settings["seed"] = secrets.randbelow(2**32)
         say(f"seed {drawing.settings['seed']}")
-    model = with_prompt_loras(model, drawing.settings.get("prompt", ""), asked["lora_dirs"])
+    model = with_prompt_loras(model, drawing.settings.get("prompt", ""), asked)
     with Pipeline.load(model, engine_of(asked), size=drawing.size, refiner=asked["refiner"]) as pipe:
         first = pipe.request(drawing.settings, image_alone=drawing.image is not None and drawing.maps.source is None)
         requests = [dataclasses.replace(first, seed=first.seed + index) for index in range(count)]
@@ -230,7 +230,7 @@ def show_map(out: Path, as_json: bool, **asked: Any) -> None:
 @click.option("--fit", type=click.Choice(["crop", "fit", "stretch"]), help="As in generate.  [default: crop]")
 @control_option
 @sampling_options
-@lora_dir
+@prompt_loras
 @model_size
 @click.option("--out", "-o", type=FILE, default=Path("fan.png"), show_default=True, help="The picture to write.")
 @overwrite
@@ -255,7 +255,7 @@ def fan(model: Path, prompt: str, image: Path, out: Path, exact: bool, as_json: 
 
     check_output(out, overwrite=asked["overwrite"])
     settings = {"seed": secrets.randbelow(2**32), **settings_of(asked), "prompt": prompt}
-    model = with_prompt_loras(model, prompt, asked["lora_dirs"])
+    model = with_prompt_loras(model, prompt, asked)
     with Pipeline.load(model, engine_of(asked), size=asked["size"]) as pipe:
         request = pipe.request(settings)
         strips = fans.columns(pipe.size[0], asked["columns"])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from glassine.commands.options import FOLDER, as_json, give, options, say
+from glassine.commands.options import FOLDER, as_json, bar, give, options, say
 
 if TYPE_CHECKING:
     from glassine.convert.extras import Extras
     from glassine.convert.network import Further
+    from glassine.convert.weights import WeightSource
     from glassine.manifest import MergedLora
     from glassine.runtime.prompt import NetworkTag
 
@@ -28,20 +30,27 @@ extras_options = options(
     click.option("--allow-pickle", is_flag=True,
                  help="Read .ckpt, .pt and .bin too, with torch's weights-only loader; prefer .safetensors."),
 )  # fmt: skip
-lora_dir = click.option(
-    "--lora-dir", "lora_dirs", type=FOLDER, multiple=True,
-    help="Where <lora:NAME:0.8> in a prompt finds NAME.safetensors, besides MODEL/loras; may be repeated.",
+prompt_loras = options(
+    click.option("--lora-dir", "lora_dirs", type=FOLDER, multiple=True,
+                 help="Where <lora:NAME:0.8> in a prompt finds NAME.safetensors, besides MODEL/loras.  "
+                      "May be repeated."),
+    click.option("--source", "lora_source", type=click.Path(path_type=Path), metavar="CHECKPOINT",
+                 help="What a MODEL with palettes was made of, for LoRAs in the prompt.  [default: where it lay then]"),
 )  # fmt: skip
+_PACKED_A_SECOND = 4e7  # numbers that are merged and get palettes, on two cores
+_HASHED_A_SECOND = 1e9  # bytes
 
 
 def extras_of(asked: dict[str, Any]) -> Extras:
     """Take the extras out of the convert verb's parameters."""
     from glassine.convert.embeddings import EmbeddingFile
     from glassine.convert.extras import Extras
-    from glassine.convert.lora import LoraFile
+    from glassine.convert.lora import LoraFile, refuse_twins
 
+    loras = tuple(LoraFile.parse(words) for words in asked.pop("loras"))
+    refuse_twins(loras)
     return Extras(
-        loras=tuple(LoraFile.parse(words) for words in asked.pop("loras")),
+        loras=loras,
         embeddings=tuple(EmbeddingFile.parse(words) for words in asked.pop("embeddings")),
         **{name: asked.pop(name) for name in ("vae", "ema", "allow_pickle")},
     )
@@ -145,29 +154,53 @@ def _line(merged: MergedLora) -> str:
     return f"{merged.name:24} unet {merged.unet:g}, text {merged.text:g}   sha256 {merged.sha256[:12]}{how}"
 
 
-def with_prompt_loras(model: Path, prompt: str, lora_dirs: Sequence[Path]) -> Path:
+def with_prompt_loras(model: Path, prompt: str, asked: Mapping[str, Any]) -> Path:
     """Return the model to draw a prompt with: `model`, or a variant of it with the LoRAs that the prompt names.
+
+    Args:
+        asked: what was said to `prompt_loras`.
 
     Raises:
         RequestError: a tag cannot be read, or no file, or more than one, has its name.
+        PackageError: `model` is none, or has palettes and its checkpoint is not found.
     """
     from glassine.convert.lora import LoraFile
     from glassine.convert.swap import LORAS, variant
     from glassine.errors import RequestError
+    from glassine.manifest import Manifest
     from glassine.runtime.prompt import network_tags
 
     tags = {found: tag for found, tag in network_tags(prompt).items() if not found.startswith("<hypernet:")}
     if not tags:
         return model
+    Manifest.read(model)  # or it is no model, and nothing is looked for in it
     files = []
     for found, tag in tags.items():
         if tag is None:
             raise RequestError(
                 f"prompt: {found} cannot be read; expected <lora:NAME>, <lora:NAME:0.8> or <lora:NAME:TEXT:UNET>"
             )
-        files.append(LoraFile(_found(tag, [*lora_dirs, model / LORAS]), tag.unet, tag.text))
+        files.append(LoraFile(_found(tag, [*asked["lora_dirs"], model / LORAS]), tag.unet, tag.text))
         say(f"LoRA {files[-1].path}: unet {tag.unet:g}, text {tag.text:g}")
-    return variant(model, files)
+    exact = partial(_exact, model, asked["lora_source"], asked["lora_dirs"])
+    with bar("") as advance:
+        return variant(model, files, exact, lambda done, total: advance(done, total, "merging LoRAs"))
+
+
+def _exact(model: Path, given: Path | None, lora_dirs: Sequence[Path], count: int) -> WeightSource:
+    """The weights that a UNet with palettes was made of, and how long it takes to make them anew of `count` numbers."""
+    from glassine.convert.ingredients import exact_unet
+    from glassine.convert.source import find_source, remember_source
+
+    source = find_source(model, given)
+    files = [source] if source.is_file() else source.glob("unet/*.safetensors")
+    seconds = count / _PACKED_A_SECOND + sum(file.stat().st_size for file in files) / _HASHED_A_SECOND
+    say(f"{model} has palettes: the LoRAs go into the weights of {source} and {count / 1e6:.0f} million numbers get "
+        f"palettes anew, in about {seconds:.0f} s; the two last such variants are kept")  # fmt: skip
+    weights = exact_unet(model, source, lora_dirs)
+    if given is not None:
+        remember_source(model, given)
+    return weights
 
 
 def _found(tag: NetworkTag, folders: Sequence[Path]) -> Path:

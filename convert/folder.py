@@ -33,6 +33,7 @@ from glassine.convert.packages import (
 )
 from glassine.convert.program import Requests
 from glassine.convert.shapes import SAMPLE_CHANNELS
+from glassine.convert.source import remember_source
 from glassine.convert.transparency import with_control
 from glassine.convert.vae_range import probe_vae
 from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
@@ -120,6 +121,8 @@ def convert_checkpoint(
                 (fresh / name).write_bytes(content)
             written = manifest(digest())
             written.write(fresh)
+            if options.palette is not None:
+                remember_source(fresh, source)
     return written
 
 

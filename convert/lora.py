@@ -55,6 +55,21 @@ class LoraFile:
         return self.unet if part == "unet" else self.text
 
 
+def refuse_twins(files: Sequence[LoraFile]) -> None:
+    """Refuse LoRAs of one name: it is how they are known afterwards.
+
+    Raises:
+        ConversionError: two files have the same name.
+    """
+    paths: dict[str, Path] = {}
+    for file in files:
+        first = paths.get(file.path.stem)
+        if first is not None:
+            advice = "say it once, with its whole strength" if first == file.path else "rename one of them"
+            raise ConversionError(f"LoRA {file.path.stem!r}: is given twice, {first} and {file.path}; {advice}")
+        paths[file.path.stem] = file.path
+
+
 def with_loras(
     parts: Mapping[Any, WeightSource], files: Sequence[LoraFile], *, allow_pickle: bool = False
 ) -> dict[Any, WeightSource]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,12 @@ _WRITERS = 2
 
 
 def write_changed(
-    base: Path, target: Path, index: Index, patches: Sequence[Lora], exact: WeightSource | None = None
+    base: Path,
+    target: Path,
+    index: Index,
+    patches: Sequence[Lora],
+    exact: WeightSource | None = None,
+    written: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write `target`: the weight.bin `base` with the patches over its weights, each record computed in float32.
 
@@ -34,6 +39,7 @@ def write_changed(
         index: every weight of the file.
         patches: the first one at the bottom.
         exact: the weights that the file has in fewer bits, as they were before; None: the patches change none of them.
+        written: called with how many records or gaps are written, and of how many.
 
     Raises:
         ConversionError: a weight is no longer finite, or too large for fp16.
@@ -58,8 +64,10 @@ def write_changed(
             # In the file's order: while one thread computes, the other copies.
             jobs = [pool.submit(job) for _, job in sorted(work, key=lambda work: work[0])]
             try:
-                for job in jobs:
+                for done, job in enumerate(jobs, start=1):
                     job.result()
+                    if written is not None:
+                        written(done, len(jobs))
             except BaseException:  # Ctrl-C too
                 for job in jobs:
                     job.cancel()

@@ -18,9 +18,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +29,15 @@ from pathlib import Path
 from glassine.convert.clone import clone_or_copy, link_or_copy
 from glassine.convert.extras import file_sha256
 from glassine.convert.index import Index, by_frame, part_of, read_indices
-from glassine.convert.lora import Lora, LoraFile, lora_patches
+from glassine.convert.lora import Lora, LoraFile, lora_patches, refuse_twins
 from glassine.convert.package import check_space
 from glassine.convert.rewrite import write_changed
 from glassine.convert.weights import WeightSource
 from glassine.errors import CheckpointError, PackageError
 from glassine.manifest import FILE_NAME, STORE, WEIGHT_FILE, Manifest, MergedLora, finish_swap
+
+# How many numbers will get palettes anew -> the UNet's weights as they were before they were stored in fewer bits.
+Exact = Callable[[int], WeightSource]
 
 LORAS = "loras"  # of a model folder: its own copies of LoRA files
 _KEPT = 2  # variants
@@ -102,6 +106,7 @@ def add_loras(folder: Path, files: Sequence[LoraFile], exact: WeightSource | Non
     Raises:
         As `change_loras`.
     """
+    refuse_twins(files)
     _patches(_homes(folder), files)  # what is not for this model is refused under the name it came with
     kept = folder / LORAS
     fresh = [kept / file.path.name for file in files if not (kept / file.path.name).exists()]
@@ -127,8 +132,17 @@ def remove_loras(folder: Path, names: Collection[str], exact: WeightSource | Non
     return change_loras(folder, applied(folder, but=names), exact)
 
 
-def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
+def variant(
+    folder: Path,
+    loras: Sequence[LoraFile],
+    exact: Exact | None = None,
+    written: Callable[[int, int], None] | None = None,
+) -> Path:
     """Return a model folder with `loras` over what `folder` has, made now or before; `folder` itself stays as it is.
+
+    Args:
+        exact: asked for the UNet's weights where it is stored in fewer bits and there is no such variant yet.
+        written: called with how many pieces of a weight file are written, and of how many.
 
     Raises:
         As `change_loras`.
@@ -141,7 +155,8 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
         if not place.is_dir():
             patches = _patches(homes, wanted)
             changed = [home for home in homes if _is_changed(home, patches)]
-            _check_exact(folder, homes, patches, None)
+            weights = exact(count) if exact is not None and (count := _repacked(homes, patches)) else None
+            _check_exact(folder, homes, patches, weights)
             check_space(store, sum(home.index.size for home in changed))
             with explained(folder):
                 partial = place.with_name(f"{place.name}.partial")
@@ -149,7 +164,8 @@ def variant(folder: Path, loras: Sequence[LoraFile]) -> Path:
                 partial.mkdir()
                 _link_tree(folder, partial, [name for home in changed for name in home.packages])
                 for home in changed:
-                    _write_home(home, patches, [partial / name / WEIGHT_FILE for name in home.packages], None)
+                    targets = [partial / name / WEIGHT_FILE for name in home.packages]
+                    _write_home(home, patches, targets, weights, written)
                 replace(manifest, loras=(*manifest.loras, *described(loras, removable=False))).write(partial)
                 partial.rename(place)
         os.utime(place)
@@ -315,6 +331,13 @@ def _is_changed(home: _Home, patches: Mapping[str, Sequence[Lora]]) -> bool:
     return any(not names.isdisjoint(patch.shapes) for patch in patches[home.index.part])
 
 
+def _repacked(homes: Sequence[_Home], patches: Mapping[str, Sequence[Lora]]) -> int:
+    """How many numbers get palettes anew."""
+    changed = {part: {name for patch in above for name in patch.shapes} for part, above in patches.items()}
+    packed = ((weight, changed[home.index.part]) for home in homes for weight in home.index.packed)
+    return sum(math.prod(weight.shape) for weight, names in packed if weight.name in names)
+
+
 def _check_exact(
     folder: Path, homes: Sequence[_Home], patches: Mapping[str, Sequence[Lora]], exact: WeightSource | None
 ) -> None:
@@ -353,9 +376,13 @@ def _stage(home: _Home, patches: Mapping[str, Sequence[Lora]], staged: Path, exa
 
 
 def _write_home(
-    home: _Home, patches: Mapping[str, Sequence[Lora]], targets: Sequence[Path], exact: WeightSource | None
+    home: _Home,
+    patches: Mapping[str, Sequence[Lora]],
+    targets: Sequence[Path],
+    exact: WeightSource | None,
+    written: Callable[[int, int], None] | None = None,
 ) -> None:
-    write_changed(home.base, targets[0], home.index, patches[home.index.part], exact)
+    write_changed(home.base, targets[0], home.index, patches[home.index.part], exact, written)
     for target in targets[1:]:
         link_or_copy(targets[0], target)
 

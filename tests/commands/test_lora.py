@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import glassine as package
+from glassine.convert.extras import file_sha256
 from glassine.manifest import Manifest
 from glassine.runtime.prompt import NetworkTag, network_tags, without_tags
 
@@ -91,6 +92,65 @@ def test_the_lora_of_a_prompt_draws_as_one_that_was_added(glassine, model, ink):
     glassine("lora", model, "add", f"{ink}=0.5")
     added, _ = drawn(glassine, model, "a cat")
     np.testing.assert_array_equal(tagged, added)
+
+
+def test_the_lora_of_a_prompt_goes_into_the_source_of_palettes(glassine, tiny_checkpoint, ink, tmp_path):
+    source, small = tmp_path / "source.safetensors", tmp_path / "small"
+    shutil.copyfile(tiny_checkpoint, source)
+    result = glassine("convert", source, small, "--size", "64x64", "--palette", 4)
+    assert result.exit_code == 0, result.stderr
+    prompt = ("a cat<lora:ink:0.5>", "--lora-dir", ink.parent)
+    plain, _ = drawn(glassine, small, "a cat")
+    tagged, result = drawn(glassine, small, *prompt)
+    assert f"{small} has palettes: the LoRAs go into the weights of {source} and 0 million numbers" in result.stderr
+    assert not np.array_equal(plain, tagged)
+    # One that is made is found again, and needs no source.
+    moved = source.rename(tmp_path / "moved.safetensors")
+    again, result = drawn(glassine, small, *prompt)
+    assert "has palettes" not in result.stderr
+    np.testing.assert_array_equal(tagged, again)
+
+    other = ("a cat<lora:ink:0.75>", "--lora-dir", ink.parent)
+    refused = glassine("generate", small, *other, *FAST)
+    assert refused.exit_code == 1
+    assert f"source.safetensors (sha256 {file_sha256(moved)[:12]}...) is no longer at {source}" in refused.stderr
+    wrong = glassine("generate", small, *other, *FAST, "--source", ink)
+    assert wrong.exit_code == 1
+    drawn(glassine, small, *other, "--source", moved)
+    drawn(glassine, small, "a cat<lora:ink:0.25>", "--lora-dir", ink.parent)  # it is known from now on
+    assert len(list((small / ".glassine/variants").iterdir())) == 2
+
+    assert glassine("lora", small, "add", f"{ink}=0.5", "--source", moved).exit_code == 0
+    added, _ = drawn(glassine, small, "a cat")
+    np.testing.assert_array_equal(tagged, added)
+    glassine("lora", small, "remove", "ink")
+    np.testing.assert_array_equal(drawn(glassine, small, "a cat")[0], plain)
+
+
+def test_palettes_of_which_nobody_knows_the_source(glassine, tiny_checkpoint, ink, tmp_path):
+    small = tmp_path / "small"
+    glassine("convert", tiny_checkpoint, small, "--part", "unet", "--size", "64x64", "--palette", 4)
+    shutil.rmtree(small / ".glassine")  # as earlier versions left it
+    refused = glassine("generate", small, "a cat<lora:ink>", "--lora-dir", ink.parent, *FAST)
+    assert "lies where the folder does not know; say --source CHECKPOINT" in refused.stderr
+    assert not (small / ".glassine").exists()
+
+
+def test_a_lora_is_given_once(glassine, model, ink, tiny_checkpoint, tmp_path):
+    twice = glassine("lora", model, "add", f"{ink}=2", f"{ink}=1")
+    assert (twice.exit_code, f"LoRA 'ink': is given twice, {ink} and {ink}; say it once" in twice.stderr) == (1, True)
+    namesake = tmp_path / "ink.safetensors"
+    shutil.copyfile(ink, namesake)
+    for command in (("lora", model, "add", ink, namesake),
+                    ("convert", tiny_checkpoint, tmp_path / "new", "--lora", ink, "--lora", namesake)):  # fmt: skip
+        assert "rename one of them" in glassine(*command).stderr
+    assert Manifest.read(model).loras == ()
+
+
+def test_what_is_no_model_has_no_loras(glassine, ink, tmp_path):
+    result = glassine("generate", tmp_path / "nothing", "a cat <lora:ink:1>", "--lora-dir", ink.parent)
+    assert result.exit_code == 1
+    assert "LoRA" not in result.stderr
 
 
 def test_a_lora_of_a_prompt_that_is_not_found_is_an_error(glassine, model, ink):
