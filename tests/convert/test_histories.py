@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 from glassine.convert.addition import add_networks
+from glassine.convert.collage import collage_networks
 from glassine.convert.control import Control, control_networks
 from glassine.convert.extras import Extras
 from glassine.convert.folder import ConvertOptions, convert_checkpoint
@@ -145,6 +146,10 @@ class Folder(RuleBasedStateMachine):
     def add_transparency(self, what: str) -> None:
         file = TransparentFile(path=TINY / f"tiny_transparent_{what}.safetensors")
         self.add(partial(transparent_networks, [file]), f"transparent_{'unet' if what == 'attn' else what}")
+
+    @rule(layers=st.sampled_from([1, 2]))
+    def add_collage(self, layers: int) -> None:
+        self.add(partial(collage_networks, layers), "collage_unet")
 
     def add(self, listed, role: str) -> None:
         there = role in Manifest.read(self.model).parts
