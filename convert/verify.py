@@ -31,6 +31,7 @@ from glassine.manifest import FILE_NAME, Manifest, Part
 from glassine.runtime.engine import Engine, EngineOptions, open_engine
 from glassine.runtime.engine.compose import Chain
 from glassine.runtime.engine.interface import Interface
+from glassine.runtime.engine.psnr import psnr
 
 Arrays = dict[str, NDArray[Any]]
 Report = Callable[[int, int, str], None]
@@ -216,15 +217,9 @@ def _verify(folder: Path, name: str, part: Part, made: _Made, options: EngineOpt
             )
     return PartReport(
         name,
-        min(_psnr(outputs[key], expected[key]) for key in expected),
+        min(psnr(outputs[key], expected[key]) for key in expected),
         max(float(np.abs(outputs[key] - expected[key]).max()) for key in expected),
     )
-
-
-def _psnr(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    error = np.sqrt(np.mean((actual.astype(np.float64) - expected) ** 2))
-    with np.errstate(divide="ignore"):
-        return float(20 * np.log10(np.abs(expected).max() / error))
 
 
 def inputs_of(role: str, detected: Detected, engine: Engine | Interface) -> Arrays:

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine.manifest import Part
-from glassine.runtime.bench.statistics import psnr
 from glassine.runtime.bench.timing import Effort, Failure, Subject, Timing, time_in_turns
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.engine.contract import ComputeUnits, engine_name
+from glassine.runtime.engine.psnr import psnr
 from glassine.runtime.tuned import files_of
 
 TOLERANCE = 30.0  # dB below the largest value of the reference, over which a result's error may not rise
@@ -221,7 +221,7 @@ class Tuner:
 
 
 def psnr_of(results: Path, reference: Path) -> float:
-    """Return the PSNR of results beside a reference (`statistics.psnr`, dB) over the rows that both have: the worst."""
+    """Return the PSNR of results beside a reference (`engine.psnr`, dB) over the rows that both have: the worst."""
     with np.load(results) as ours, np.load(reference) as theirs:
         if set(ours.files) != set(theirs.files):
             return -math.inf

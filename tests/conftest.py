@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -35,6 +35,13 @@ def _own_cache(tmp_path_factory) -> Iterator[None]:
         patch.setenv("GLASSINE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("GLASSINE_CONFIG", str(tmp_path_factory.mktemp("config")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _portable_by_default(request, monkeypatch) -> None:
+    """On a Mac, tests that are not about Core ML run on the engine that they run on elsewhere."""
+    if sys.platform == "darwin" and request.node.get_closest_marker("coreml") is None:
+        monkeypatch.setattr("glassine.runtime.engine.contract.sys", SimpleNamespace(platform="linux"))
 
 
 @pytest.fixture(scope="session")

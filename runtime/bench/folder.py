@@ -28,11 +28,12 @@ from glassine.runtime.bench.model import model_digest, packages_of, parts_of, we
 from glassine.runtime.bench.report import Figures, Json, Measured, Report
 from glassine.runtime.bench.roofline import Work, position, work_of
 from glassine.runtime.bench.settings import Settings
-from glassine.runtime.bench.statistics import psnr, ratio_of_medians
+from glassine.runtime.bench.statistics import ratio_of_medians
 from glassine.runtime.bench.timing import Effort, Failure, Pictures, Subject, Timing, time_in_turns, time_peak
 from glassine.runtime.bench.words import seconds
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.engine.contract import COMPILED, engine_name
+from glassine.runtime.engine.psnr import psnr
 from glassine.runtime.foreign import read_model
 from glassine.runtime.machine import Machine, this_machine
 from glassine.runtime.request import Request
@@ -368,7 +369,7 @@ def disagreements(parts: Sequence[Measured], pictures: Measured) -> Iterator[str
 
 
 def quality(latents: Path, reference: Path) -> Json:
-    """PSNR of the first picture's latents beside the reference's (`statistics.psnr`, dB); None: they are equal."""
+    """PSNR of the first picture's latents beside the reference's (`engine.psnr`, dB); None: they are equal."""
     ours, theirs = np.load(latents), np.load(reference)
     value, most = psnr(ours, theirs), float(np.abs(ours - theirs).max())
     return {

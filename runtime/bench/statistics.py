@@ -6,10 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 MIN_RUNS = 10
 WHY_MIN_RUNS = (
@@ -33,20 +29,6 @@ class Ratio:
     def differs(self) -> bool:
         """Whether the interval leaves out 1."""
         return not self.low <= 1.0 <= self.high
-
-
-def psnr(results: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Return how close results come to a reference of their shape, in dB.
-
-    The reference's largest value over the root mean square of the difference. inf: they are equal; -inf: the reference
-    is zero, and they are not.
-    """
-    expected = reference.astype(np.float64)
-    error = float(np.sqrt(np.mean((results.astype(np.float64) - expected) ** 2)))
-    if error == 0:
-        return math.inf
-    top = float(np.abs(expected).max())
-    return 20 * math.log10(top / error) if top > 0 else -math.inf
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float]:

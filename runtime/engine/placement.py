@@ -13,7 +13,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +139,8 @@ def plan(program: Program, units: ComputeUnits, function: str | None = None) -> 
             cost = asked.get_estimated_cost_for_mlprogram_operation(operation)
             why = reasons.get(name, "not known") if left else ""
             placed.append(Placed(name, operation.operator_name, unit, 0.0 if cost is None else cost.weight, why))
-    return Placement("plan", tuple(placed))
+    total = math.fsum(one.cost for one in placed)  # of all functions it may be 1, of this one less
+    return Placement("plan", tuple(replace(one, cost=one.cost / total if total else 0.0) for one in placed))
 
 
 def _planned(block: Any) -> Iterator[Any]:

@@ -211,3 +211,15 @@ def test_this_machine(glassine):
     assert machine.chip in said["machine"]["text"]
     assert said["numpy"]["text"] == importlib.metadata.version("numpy")
     assert (said["Core ML engine"]["status"] == "ok") == (sys.platform == "darwin")
+
+
+@pytest.mark.coreml
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
+def test_a_mac_is_examined(glassine):
+    result = glassine("doctor", "--json")
+    said = json.loads(result.stdout)
+    assert result.exit_code == 0, result.stdout
+    assert said["machine"]["text"].startswith("Apple ")
+    assert "macOS" in said["machine"]["text"]
+    assert "GB available" in said["memory"]["text"]
+    assert said["Core ML engine"]["status"] == "ok"

@@ -1,6 +1,7 @@
 """tune: what it finds on planned delays and faults, what it leaves in the folder and the settings, and who obeys it."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -40,7 +41,7 @@ def tune(glassine, folder, monkeypatch):
     def call(plan, *options, code=0):
         monkeypatch.setattr(timing, "CHILD", (sys.executable, str(CHILD), json.dumps(plan)))
         result = glassine("tune", folder, "--engine", "coreml", "--json", *options)
-        assert result.exit_code == code, result.stderr
+        assert code in (None, result.exit_code), result.stderr
         said = json.loads(result.stdout)
         rows = {f"{row['part']} {row['form']} {row['units']}".replace("  ", " "): row for row in said["tried"]}
         return said, rows
@@ -121,10 +122,10 @@ def test_another_form_that_wins_is_kept_and_drawn_with(tune, folder, glassine, m
     # The model's own form may win the next time.
     tune({"cpu_and_ne Unet": 0.01}, "--part", "unet")
     assert names(folder) == before
-    tune({"cpu_and_gpu Unet_sdpa_1": 0.01}, "--part", "unet")
-    assert len(contents(folder)) > len(files)
+    tune(plan, "--part", "unet")
+    assert contents(folder)["Unet.weights.json"] != files["Unet.weights.json"]  # its weight file has become longer
     assert glassine("tune", folder, "--engine", "coreml", "--reset").exit_code == 0
-    assert contents(folder) == files  # with what sdpa had put behind the weights
+    assert contents(folder) == files
     assert set(opened(folder, monkeypatch)) == {"TextEncoder", "Unet", "VAEDecoder"}
 
 
@@ -157,16 +158,22 @@ def test_where_nothing_works_nothing_is_stored(tune, folder, monkeypatch):
     assert opened(folder, monkeypatch) == dict.fromkeys(("TextEncoder", "Unet", "VAEDecoder"))
 
 
-def test_when_the_time_is_up_it_says_what_was_not_tried(tune):
-    said, rows = tune({}, "--part", "vae_decoder", "--budget", "0.01s", code=1)
+def clock(monkeypatch, *moments):
+    """What the clock says, each time that tune looks at it; after that the time is up."""
+    said = itertools.chain(moments, itertools.repeat(1e9))
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(said))
+
+
+def test_when_the_time_is_up_it_says_what_was_not_tried(tune, monkeypatch):
+    clock(monkeypatch, 0.0)
+    said, rows = tune({}, "--part", "vae_decoder", code=1)
     assert list(rows) == [f"vae_decoder {units}" for units in ("cpu_and_ne", "cpu_and_gpu", "all", "cpu_only")]
     assert {row["verdict"] for row in rows.values()} == {"not tried: the time was up"}
     assert not Path(said["stored"]).exists()
 
 
 def test_one_that_could_be_compared_with_nothing_is_not_chosen(tune, monkeypatch):
-    moments = iter([0.0, 0.0, *[1e9] * 9])  # the time is up while the first is tried
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(moments))
+    clock(monkeypatch, 0.0, 0.0)  # the time is up while the first is tried
     _, rows = tune({}, "--part", "vae_decoder", code=1)
     verdicts = [row["verdict"] for row in rows.values()]
     alone = "not chosen: the time was up before there was anything to compare it with"
@@ -214,7 +221,7 @@ def test_a_killed_tune_leaves_everything_as_it_was(tune, folder, tmp_path, monke
     assert not (tmp_path / "config").exists()
     assert [name for name in names(folder) if not name.startswith(".glassine")] == before
     assert set(opened(folder, monkeypatch)) == {"TextEncoder", "Unet", "VAEDecoder"}
-    tune({}, "--part", "unet", "--budget", "0.01s", code=1)  # it sweeps
+    tune({}, "--part", "unet", "--budget", "0.01s", code=None)  # it sweeps
     assert names(folder) == before
 
 
@@ -274,3 +281,17 @@ def test_on_the_stand_in_for_core_ml(glassine, folder, monkeypatch, fault):
     # In fp32 on the same arithmetic the right ones equal the reference, but for the order of sums in other forms.
     right = [row for row in rows if row["step_seconds"] is not None and row["units"] != "all"]
     assert all(row["equal"] or row["psnr_db"] > 80 for row in right)  # measured 100 to 130
+
+
+@pytest.mark.coreml
+@pytest.mark.skipif(sys.platform != "darwin", reason="needs macOS")
+def test_a_mac_is_tuned(glassine, folder):
+    """Where there is no Neural Engine (a virtual machine) the units that do not run are left out, and others chosen."""
+    files = contents(folder)
+    result = glassine("tune", folder, "--part", "unet", "--part", "vae_decoder", "--budget", "4m", "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["tried"]
+    assert {row["part"] for row in rows if row["chosen"]} == {"unet", "vae_decoder"}, rows
+    assert all(row["equal"] or row["psnr_db"] > 30 for row in rows if row["chosen"]), rows
+    assert glassine("tune", folder, "--reset").exit_code == 0
+    assert contents(folder) == files

@@ -2,18 +2,17 @@
 
 The plan says for every choice of compute units, and for "UNITS PACKAGE" where one package differs: how many seconds a
 call takes, or what goes wrong: "killed", "hangs", "refused", "nan", or "runs UNITS" for other units than those asked
-for. The n-th call takes its seconds times 1 + WOBBLE[n]. Nothing waits: the clock is moved on. "load" is what loading
-takes, ten times that with an empty compile cache.
+for. Nothing waits: the clock is moved on (timed_child.py). "load" is what loading takes, ten times that with an empty
+compile cache.
 """
 
 import json
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from timed_child import Clock, serve, suffer
 
 from glassine.errors import PackageError
 from glassine.runtime.bench import worker
@@ -21,27 +20,13 @@ from glassine.runtime.engine import EngineOptions, Realised
 from glassine.runtime.engine.contract import TensorSpec
 
 PLAN = json.loads(sys.argv[1])
-WOBBLE = (0.0, 0.01, -0.01, 0.02, -0.02)
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 clock = Clock()
 
 
 def delay(units: str, package: str = "") -> float:
     """Suffer what is planned, or return the seconds of a call."""
     planned = PLAN.get(f"{units} {package}", PLAN.get(units, 1.0))
-    if planned == "killed":
-        print("Core ML's last words", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if planned == "hangs":
-        time.sleep(3600)
+    suffer(planned)
     if isinstance(planned, str) and planned.startswith("runs "):
         return delay(planned.split()[1], package)
     return 1.0 if planned == "nan" else planned
@@ -56,7 +41,7 @@ class Stub:
             raise PackageError(f"{package.name} is not there")
         planned = PLAN.get(f"{self.units} {self.package}", PLAN.get(self.units))
         if planned == "refused":
-            raise RuntimeError("ANECCompile() FAILED (11)")
+            suffer(planned)
         options.tell(f"{package.name}: loading on {self.units}")
         device = planned.split()[1] if isinstance(planned, str) and planned.startswith("runs ") else self.units
         cold = "GLASSINE_CACHE" in os.environ and not Path(os.environ["GLASSINE_CACHE"], self.package).exists()
@@ -75,7 +60,7 @@ class Stub:
     def predict(self, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         assert arrays["x"].shape == (1, 4)
         assert arrays["ids"].dtype == np.int32
-        clock.now += delay(self.units, self.package) * (1 + WOBBLE[self.calls % len(WOBBLE)])
+        clock.pass_call(delay(self.units, self.package), self.calls)
         self.calls += 1
         return {"y": np.full(1, np.nan if PLAN.get(self.units) == "nan" else 1.0, np.float32)}
 
@@ -104,6 +89,4 @@ class Picture:
 
 
 worker.Picture = Picture
-worker._import = lambda core_ml: None  # no engine but the stub
-worker._compile = lambda task, options: None
-worker.serve(sys.argv[2], open_=Stub, clock=clock)
+serve(Stub, clock)

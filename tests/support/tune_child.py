@@ -6,29 +6,16 @@ on the CPU). Nothing waits: the clock is moved on. A package whose name ends in 
 """
 
 import json
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
+from timed_child import Clock, serve, suffer
 
-from glassine.runtime.bench import worker
 from glassine.runtime.engine import EngineOptions, Realised
 from glassine.runtime.engine.contract import TensorSpec
 
 PLAN = json.loads(sys.argv[1])
-WOBBLE = (0.0, 0.01, -0.01, 0.02, -0.02)
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 clock = Clock()
 
 
@@ -39,7 +26,7 @@ class Stub:
         keys = (f"{units} {package.stem}", units, package.stem)
         self.planned = 1.0 if reference else next((PLAN[key] for key in keys if key in PLAN), 1.0)
         if self.planned == "refused":
-            raise RuntimeError("ANECCompile() FAILED (11)")
+            suffer("refused")
         device = "cpu_only" if self.planned == "moves" else str(units)
         self.realised = Realised(engine=options.engine, device=device, precision="", load_seconds=0.0)
         rows = 1 if package.stem.endswith("_1") else 2
@@ -48,18 +35,11 @@ class Stub:
         self.calls = 0
 
     def predict(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        if self.planned == "killed":
-            print("Core ML's last words", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.planned == "hangs":
-            time.sleep(3600)
-        seconds = self.planned if isinstance(self.planned, float) else 0.001
-        clock.now += seconds * (1 + WOBBLE[self.calls % len(WOBBLE)])
+        suffer(self.planned)
+        clock.pass_call(self.planned if isinstance(self.planned, float) else 0.001, self.calls)
         self.calls += 1
         worse = {"wrong": 0.2, "nan": np.nan}.get(self.planned, 0.0) if isinstance(self.planned, str) else 0.0
         return {"y": x + np.float32(worse)}
 
 
-worker._import = lambda core_ml: None  # no engine but the stub
-worker._compile = lambda task, options: None
-worker.serve(sys.argv[2], open_=Stub, clock=clock)
+serve(Stub, clock)
