@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,9 +46,7 @@ from glassine.convert.weights import Span
 from glassine.errors import ConversionError, PackageError
 from glassine.manifest import WEIGHT_FILE, Manifest, Part, finish_swap
 from glassine.models.config import SD2_BASE, SD15, SDXL, UNetConfig, restored
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import Program
 
 _IMPLIED = ("controlled_unet", "adapted_unet")  # what comes with other networks, and may be there already
 _FAMILIES = {family.name: family for family in (SD15, SD2_BASE, SDXL)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glassine.convert.program import ALIGNMENT, Lowered, Plan, Record, Tensors
+from glassine.convert.program import ALIGNMENT, Description, Lowered, Plan, Record, Source, lower, write_constant
 from glassine.errors import ConversionError
+from glassine.models.mil import Operation, Program, Var
 
 LIMIT = 2**31 - 1  # bytes of a weight file that the Neural Engine's compiler accepts
 MOST = 8
-_ARRAYS = {10: ("float16", 2, 65552), 11: ("float32", 4, 65568), 23: ("int32", 4, 131104)}  # MIL dtype -> feature dtype
+_SIZES = {"float16": 2, "float32": 4, "int32": 4}  # bytes of what a package can hand on
 _NEVER = 1 << 60  # the price of a cut through something that no package can hand on
+_HANDED_ON = "Handed from one chunk of the network to a later one."
 
 
 def cut(lowered: Lowered, count: int | None = None, between: Sequence[int] = ()) -> list[Lowered]:
@@ -68,62 +70,39 @@ def cuts_of(pieces: Sequence[Lowered]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Graph:
-    """A program as its operations: `work` computes, the others are constants and go wherever they are read."""
+    """A program as its operations: `work` computes, constants go wherever they are read."""
 
     lowered: Lowered
 
-    @cached_property
-    def _model(self) -> Any:
-        from coremltools.proto import Model_pb2
-
-        return Model_pb2.Model.FromString(self.lowered.model)
-
-    @cached_property
-    def _function(self) -> Any:
-        return self._model.mlProgram.functions["main"]
+    @property
+    def _source(self) -> Source:
+        assert self.lowered.source is not None  # only what has just been written is cut
+        return self.lowered.source
 
     @cached_property
-    def _block(self) -> Any:
-        return self._function.block_specializations[self._function.opset]
+    def work(self) -> list[Operation]:
+        """The operations that compute."""
+        return [op for op in self._source.program.operations if op.op_type != "const"]
 
     @cached_property
-    def _constants(self) -> dict[str, int]:
-        """Name -> index of the operation, of everything that is known before the program runs."""
-        return {
-            op.outputs[0].name: i
-            for i, op in enumerate(self._block.operations)
-            if op.type == "const" or op.type.startswith("constexpr_")
-        }
+    def _records(self) -> dict[Operation, list[Record]]:
+        """Of every constant, the records of weight.bin that hold it."""
+        by_offset = {record.offset: record for record in self.lowered.plan.records}
+        found = {}
+        for op in self._source.program.operations:
+            if op.op_type != "const":
+                continue
+            offsets: list[int] = []
 
-    @cached_property
-    def work(self) -> list[int]:
-        """Indices of the operations that compute."""
-        constants = set(self._constants.values())
-        return [i for i in range(len(self._block.operations)) if i not in constants]
+            def place(*what: Any, offsets: list[int] = offsets) -> int:
+                offsets.append(self.lowered.plan.place(*what))  # where it has been placed already
+                return offsets[-1]
 
-    @cached_property
-    def _reads(self) -> list[list[str]]:
-        """Of every operation, the names that it reads."""
-        return [
-            [
-                binding.name
-                for argument in operation.inputs.values()
-                for binding in argument.arguments
-                if binding.WhichOneof("binding") == "name"
-            ]
-            for operation in self._block.operations
-        ]
-
-    @cached_property
-    def _records(self) -> dict[int, Record]:
-        return {record.offset: record for record in self.lowered.plan.records}
-
-    def _needed(self, index: int) -> Iterator[int]:
-        """The constants that an operation reads, and those that they read."""
-        for name in self._reads[index]:
-            if name in self._constants:
-                yield from self._needed(self._constants[name])
-                yield self._constants[name]
+            write_constant(op, self._source.program.version, place, self._source.palette)
+            if not by_offset.keys() >= set(offsets):
+                raise ConversionError("a network whose weights lie in another's file cannot be cut")
+            found[op] = [by_offset[offset] for offset in sorted(offsets)]
+        return found
 
     @cached_property
     def weight_bytes(self) -> NDArray[np.int64]:
@@ -134,42 +113,33 @@ class _Graph:
     def _first_needed(self) -> list[list[Record]]:
         """The records that each working operation is the first to need."""
         seen: set[int] = set()
-        operations = self._block.operations
         found: list[list[Record]] = [[] for _ in self.work]
-        for i, index in enumerate(self.work):
-            for constant in self._needed(index):
-                for value in _stored(operations[constant]):
-                    offset = value.blobFileValue.offset
-                    if offset not in self._records:
-                        raise ConversionError("a network whose weights lie in another's file cannot be cut")
-                    if offset not in seen:
-                        seen.add(offset)
-                        found[i].append(self._records[offset])
+        for i, op in enumerate(self.work):
+            for record in (record for var in op.reads if var.op in self._records for record in self._records[var.op]):
+                if record.offset not in seen:
+                    seen.add(record.offset)
+                    found[i].append(record)
         return found
 
     @cached_property
-    def _made(self) -> dict[str, tuple[int, Any]]:
-        """Name -> position in `work` of what makes it, and its type."""
-        operations = self._block.operations
-        return {out.name: (i, out.type) for i, index in enumerate(self.work) for out in operations[index].outputs}
+    def _made(self) -> dict[Var, int]:
+        """Value -> position in `work` of what makes it."""
+        return {var: i for i, op in enumerate(self.work) for var in op.outputs}
 
     @cached_property
-    def _last_read(self) -> dict[str, int]:
-        """Name -> the last position in `work` that reads it; what the program returns is read at its end."""
-        last = {}
-        for i, index in enumerate(self.work):
-            for name in self._reads[index]:
-                last[name] = i
-        return last | {name: len(self.work) for name in self._block.outputs}
+    def _last_read(self) -> dict[Var, int]:
+        """Value -> the last position in `work` that reads it; what the program returns is read at its end."""
+        last = {var: i for i, op in enumerate(self.work) for var in op.reads}
+        return last | {var: len(self.work) for var in self._source.program.outputs}
 
     @cached_property
     def crossing(self) -> NDArray[np.int64]:
         """Bytes that would cross a cut in front of each position of `work`."""
         change = np.zeros(len(self.work) + 2, np.int64)
-        for name, (position, type_) in self._made.items():
-            nbytes = _nbytes(type_)
+        for var, position in self._made.items():
+            nbytes = math.prod(var.shape) * _SIZES[var.dtype] if var.shape and var.dtype in _SIZES else _NEVER
             change[position + 1] += nbytes
-            change[self._last_read.get(name, position) + 1] -= nbytes
+            change[self._last_read.get(var, position) + 1] -= nbytes
         return np.cumsum(change)[: len(self.work) + 1]
 
     def cheapest(self, count: int, limit: int) -> list[int] | None:
@@ -210,88 +180,19 @@ class _Graph:
 
     def piece(self, start: int, end: int) -> Lowered:
         """The operations [start, end) of `work` as a package of their own."""
-        from coremltools.proto import MIL_pb2, Model_pb2
+        program, own = self._source.program, self.work[start:end]
+        reads = dict.fromkeys(var for op in own for var in op.reads)
+        given = [var for var in program.inputs.values() if var in reads]
+        given += [var for var in reads if var in self._made and self._made[var] < start]
+        piece = Program({var.name: var for var in given}, program.version)
+        kept = {*own, *(var.op for var in reads if var.op in self._records)}
+        piece.operations = [op for op in program.operations if op in kept]
+        piece.outputs = [var for op in own for var in op.outputs if self._last_read.get(var, 0) >= end]
 
-        operations = self._block.operations
-        own = self.work[start:end]
-        reads = dict.fromkeys(name for index in own for name in self._reads[index])
-        given = [feature for feature in self._function.inputs if feature.name in reads]
-        given += [self._named(name) for name in reads if name in self._made and self._made[name][0] < start]
-        made = [name for name, (position, _) in self._made.items() if start <= position < end]
-        returned = [name for name in made if self._last_read.get(name, 0) >= end]
-        kept = sorted({constant for index in own for constant in self._needed(index)} | set(own))
-
-        program = MIL_pb2.Program(version=self._model.mlProgram.version)
-        function = program.functions["main"]
-        function.opset = self._function.opset
-        function.inputs.extend(given)
-        block = function.block_specializations[function.opset]
-        block.outputs.extend(returned)
-        block.operations.extend(operations[index] for index in kept)
         plan = Plan()
-        move(block.operations, self._records, plan)
-
-        model = Model_pb2.Model(specificationVersion=self._model.specificationVersion)
-        said = {feature.name: feature.shortDescription for feature in self._whole_features()}
-        for features, variables in (
-            (model.description.input, given),
-            (model.description.output, [self._named(name) for name in returned]),
-        ):
-            for variable in variables:
-                words = said.get(variable.name, "Handed from one chunk of the network to a later one.")
-                feature = features.add(name=variable.name, shortDescription=words)
-                feature.type.multiArrayType.shape.extend(_shape(variable.type))
-                feature.type.multiArrayType.dataType = _ARRAYS[variable.type.tensorType.dataType][2]
-        model.mlProgram.CopyFrom(program)
-        return Lowered(
-            model=model.SerializeToString(deterministic=True),
-            plan=plan,
-            inputs=_tensors(given),
-            outputs=_tensors([self._named(name) for name in returned]),
-            parameters=plan.parameters,
-        )
-
-    def _whole_features(self) -> list[Any]:
-        return [*self._model.description.input, *self._model.description.output]
-
-    def _named(self, name: str) -> Any:
-        from coremltools.proto import MIL_pb2
-
-        return MIL_pb2.NamedValueType(name=name, type=self._made[name][1])
-
-
-def move(operations: Sequence[Any], records: Mapping[int, Record], plan: Plan) -> None:
-    """Give what the operations store its places in another plan; `records` are those of the old one by offset."""
-    for operation in operations:
-        # Protobuf's maps have no order, and the same conversion makes the same bytes.
-        for value in sorted(_stored(operation), key=lambda value: value.blobFileValue.offset):
-            offset = value.blobFileValue.offset
-            if offset not in records:
-                raise ConversionError("a network whose weights lie in another's file cannot be cut or joined")
-            record = records[offset]
-            value.blobFileValue.offset = plan.place(record.content, record.shape, record.dtype)
-
-
-def _stored(operation: Any) -> Iterator[Any]:
-    """The values of an operation that lie in weight.bin."""
-    for value in operation.attributes.values():
-        if value.WhichOneof("value") == "blobFileValue":
-            yield value
-    for argument in operation.inputs.values():
-        for binding in argument.arguments:
-            if binding.WhichOneof("binding") == "value" and binding.value.WhichOneof("value") == "blobFileValue":
-                yield binding.value
-
-
-def _shape(type_: Any) -> tuple[int, ...]:
-    return tuple(int(dimension.constant.size) for dimension in type_.tensorType.dimensions)
-
-
-def _nbytes(type_: Any) -> int:
-    """What it costs to hand a value on; scalars and other types than Core ML's arrays cannot be."""
-    dtype, shape = type_.tensorType.dataType, _shape(type_)
-    return math.prod(shape) * _ARRAYS[dtype][1] if dtype in _ARRAYS and shape else _NEVER
-
-
-def _tensors(variables: Sequence[Any]) -> Tensors:
-    return {v.name: (_shape(v.type), _ARRAYS[v.type.tensorType.dataType][0]) for v in variables}
+        for record in (record for op in piece.operations for record in self._records.get(op, ())):
+            plan.place(record.content, record.shape, record.dtype)
+        meanings = {var.name: _HANDED_ON for var in (*piece.inputs.values(), *piece.outputs)}
+        whole = (*program.inputs, *(var.name for var in program.outputs))
+        meanings |= {name: self._source.meanings.get(name, "") for name in whole}
+        return lower(piece, Description(features=meanings), plan, self._source.palette)

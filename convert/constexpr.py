@@ -8,76 +8,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glassine.convert.mlmodel import argument, operation, stored, value
 from glassine.convert.palettize import Form, Item
 from glassine.errors import ConversionError
+from glassine.models.mil import IOS18, Operation
 
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Operation
-
-IOS18 = 9  # specification versions
-_FILE = "@model_path/weights/weight.bin"
 # (item or literal zeros, shape, dtype) -> offset in weight.bin
 Place = Callable[[Item | bytes, tuple[int, ...], str], int]
 
 
-def compressed(operation: Operation, form: Form, version: int, place: Place) -> Any:
-    """Return the MIL operation that gives the value of the constant `operation` from what `form` stores.
+def compressed(constant: Operation, form: Form, version: int, place: Place) -> bytes:
+    """Return the MIL operation that gives the value of `constant` from what `form` stores.
 
     Raises:
         ConversionError: a table for each group of channels needs iOS 18.
     """
-    from coremltools.converters.mil.backend.mil.helper import create_scalar_value, create_valuetype_tensor
-    from coremltools.proto import MIL_pb2
-
-    (out,) = operation.outputs
-    shape = tuple(int(size) for size in out.shape)
+    (out,) = constant.outputs
     if form.group and version < IOS18:
         raise ConversionError(f"palette {form}: a table a group of channels needs the operations of macOS 15")
-    type_, values = (_ios18 if version >= IOS18 else _ios16)(form, shape, place)
-    made = MIL_pb2.Operation(type=type_, attributes={"name": create_scalar_value(operation.name)})
-    for name, value in values.items():
-        if version >= IOS18:
-            made.inputs[name].arguments.add().value.CopyFrom(value)
-        else:
-            made.attributes[name].CopyFrom(value)
-    half = create_valuetype_tensor(shape, MIL_pb2.FLOAT16)
-    made.outputs.add(name=out.name).type.CopyFrom(half)
-    return made
+    if version >= IOS18:
+        op_type, values = _ios18(form, out.shape, place)
+        inputs = {name: argument(content) for name, content in values.items()}
+        return operation(op_type, constant.name, [out], inputs, {})
+    op_type, values = _ios16(form, out.shape, place)
+    return operation(op_type, constant.name, [out], {}, values)
 
 
-def _ios18(form: Form, shape: tuple[int, ...], place: Place) -> tuple[str, dict[str, Any]]:
-    stored = {item: _stored(place, item, *rest) for item, rest in form.items(shape).items()}
+def _ios18(form: Form, shape: tuple[int, ...], place: Place) -> tuple[str, dict[str, bytes]]:
+    held = {item: _stored(place, item, *rest) for item, rest in form.items(shape).items()}
     if form.kind == "int8":
-        return "constexpr_blockwise_shift_scale", {"data": stored["values"], "scale": stored["scales"]}
-    return "constexpr_lut_to_dense", {"indices": stored["indices"], "lut": stored["table"]}
+        return "constexpr_blockwise_shift_scale", {"data": held["values"], "scale": held["scales"]}
+    return "constexpr_lut_to_dense", {"indices": held["indices"], "lut": held["table"]}
 
 
-def _ios16(form: Form, shape: tuple[int, ...], place: Place) -> tuple[str, dict[str, Any]]:
-    from coremltools.converters.mil.backend.mil.helper import create_scalar_value, create_tensor_value
-
+def _ios16(form: Form, shape: tuple[int, ...], place: Place) -> tuple[str, dict[str, bytes]]:
     if form.kind == "int8":
         channels = shape[:1]
         return "constexpr_affine_dequantize", {
             "quantized_data": _stored(place, "values", shape, "int8"),
             "zero_point": _stored(place, bytes(channels[0]), channels, "int8"),
             "scale": _stored(place, "scales", channels, "float16"),
-            "axis": create_scalar_value(np.int32(0)),
+            "axis": value(np.int32(0)),
         }
     packed = (-(-math.prod(shape) * form.bits // 8),)
     return "constexpr_lut_to_dense", {
         "indices": _stored(place, "indices", packed, "uint8"),
         "lut": _stored(place, "table", (1 << form.bits,), "float16"),
-        "shape": create_tensor_value(np.array(shape, np.uint32)),
+        "shape": value(np.array(shape, np.uint32)),
     }
 
 
-def _stored(place: Place, item: Item | bytes, shape: tuple[int, ...], dtype: str) -> Any:
+def _stored(place: Place, item: Item | bytes, shape: tuple[int, ...], dtype: str) -> bytes:
     """The value that a record of weight.bin holds."""
-    from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor
-    from coremltools.proto import MIL_pb2
-
-    return create_file_value_tensor(_FILE, place(item, shape, dtype), shape, MIL_pb2.DataType.Value(dtype.upper()))
+    return stored(dtype, shape, place(item, shape, dtype))

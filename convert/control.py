@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from glassine.convert.control_files import ControlFile, open_control
 from glassine.convert.network import Base, Form, Network, Size
@@ -15,9 +15,7 @@ from glassine.convert.program import Requests
 from glassine.convert.shapes import TIME_ID, Shapes
 from glassine.errors import CheckpointError, ConversionError
 from glassine.models.config import AdapterConfig, ControlNetConfig, UNetConfig
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import Program
 
 # What the hint of a ControlNet++ may be, in the order of its ids; ProMax has the last two as well.
 CONTROL_TYPES = ("openpose", "depth", "soft_edge", "hard_edge", "normal", "segment", "tile", "inpaint")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -40,9 +40,7 @@ from glassine.convert.vocabulary import MERGES, VOCABULARY, tokenizer_files
 from glassine.errors import CheckpointError, ConversionError, PackageError
 from glassine.manifest import FILE_NAME, STORE, Manifest
 from glassine.models.config import Family
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import Program
 
 __all__ = ["ConvertOptions", "Progress", "convert_checkpoint"]
 

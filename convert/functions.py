@@ -6,10 +6,11 @@ each other: an app that copies or ships them does not know that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from glassine.convert.chunks import move
-from glassine.convert.program import Lowered, Plan
+from glassine.convert.program import Lowered, Plan, Record
+from glassine.errors import ConversionError
 
 SPECIFICATION = 9  # the first version that has functions
 
@@ -40,7 +41,7 @@ def join(programs: Mapping[str, Lowered]) -> Lowered:
         function = joined.mlProgram.functions[name]
         function.CopyFrom(model.mlProgram.functions["main"])
         records = {record.offset: record for record in lowered.plan.records}
-        move(function.block_specializations[function.opset].operations, records, plan)
+        _move(function.block_specializations[function.opset].operations, records, plan)
     first = next(iter(programs.values()))
     return Lowered(
         model=joined.SerializeToString(deterministic=True),
@@ -49,3 +50,26 @@ def join(programs: Mapping[str, Lowered]) -> Lowered:
         outputs=first.outputs,
         parameters=first.parameters,
     )
+
+
+def _move(operations: Sequence[Any], records: Mapping[int, Record], plan: Plan) -> None:
+    """Give what the operations store its places in another plan; `records` are those of the old one by offset."""
+    for operation in operations:
+        # Protobuf's maps have no order, and the same conversion makes the same bytes.
+        for value in sorted(_stored(operation), key=lambda value: value.blobFileValue.offset):
+            offset = value.blobFileValue.offset
+            if offset not in records:
+                raise ConversionError("a network whose weights lie in another's file cannot be joined")
+            record = records[offset]
+            value.blobFileValue.offset = plan.place(record.content, record.shape, record.dtype)
+
+
+def _stored(operation: Any) -> Iterator[Any]:
+    """The values of an operation that lie in weight.bin."""
+    for value in operation.attributes.values():
+        if value.WhichOneof("value") == "blobFileValue":
+            yield value
+    for argument in operation.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("binding") == "value" and binding.value.WhichOneof("value") == "blobFileValue":
+                yield binding.value

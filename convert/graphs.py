@@ -138,7 +138,9 @@ def _raw(lowered: Lowered) -> dict[str, Any]:
 def _lowered(raw: Mapping[str, Any]) -> Lowered:
     sides = {side: {n: (tuple(shape), d) for n, (shape, d) in raw[side].items()} for side in ("inputs", "outputs")}
     model = base64.b64decode(raw["model"])
-    return Lowered(model=model, plan=Plan(), parameters=raw["parameters"], **sides)
+    return Lowered(
+        model=model, plan=Plan(), parameters=raw["parameters"], inputs=sides["inputs"], outputs=sides["outputs"]
+    )
 
 
 def _described(record: Record) -> list[Any]:

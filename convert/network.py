@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from glassine.convert.checkpoint import Checkpoint
 from glassine.convert.detect import Detected, FamilyName
@@ -20,9 +20,7 @@ from glassine.convert.program import Requests
 from glassine.convert.weights import WeightSource
 from glassine.errors import ConversionError
 from glassine.models.config import Attention, Family, Layout, Prediction
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import Program
 
 Role = Literal["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
 Precision = Literal["float16", "float32"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint, shorten
 from glassine.convert.names import Source
@@ -14,9 +13,7 @@ from glassine.convert.program import Requests
 from glassine.convert.weights import FileWeights, WeightSource
 from glassine.errors import CheckpointError, ConversionError
 from glassine.models.config import TinyDecoderConfig
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import Program
 
 ROLE = "preview_decoder"
 _SUMMARY = "TAESD's decoder: a latent becomes a picture quickly and roughly, for previews."

@@ -6,21 +6,33 @@ turns the program into the bytes of model.mlmodel and a `Plan`: which record of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from glassine.convert.checkpoint import shorten
 from glassine.convert.constexpr import compressed
+from glassine.convert.mlmodel import (
+    DESCRIPTION,
+    METADATA,
+    USER_DEFINED,
+    model_bytes,
+    operation,
+    read_varint,
+    stored,
+    value,
+)
+from glassine.convert.mlmodel import field as field_of
 from glassine.convert.palettize import MAIN_ITEMS, Form, Item, Loss, Palette
 from glassine.errors import ConversionError
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import IOS16, IOS18, Operation, Program
 
 # Core ML's blob file, MILBlob/Blob/StorageFormat.hpp: a 64-byte header, then per record 64 bytes of metadata and the
 # data, every record at a multiple of 64. A program's offset points at the metadata.
@@ -29,6 +41,13 @@ BLOB_DTYPES = {
     "float16": 1, "float32": 2, "uint8": 3, "int8": 4, "int16": 6, "uint16": 7, "uint4": 11, "uint6": 13, "int32": 14,
     "uint32": 15,
 }  # fmt: skip
+# What goes to weight.bin rather than into the program, if it has ten elements or more: as coremltools decides it.
+_IN_FILE = {
+    IOS16: ("float16", "float32", "uint8", "int8"),
+    IOS18: ("float16", "float32", "uint8", "int8", "uint16", "int16", "int32", "uint32"),
+}
+_IDENTIFIER = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = {"any", "bool", "program", "func", "tensor", "list", "dict", "tuple", "true", "false", "string", "state"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +268,21 @@ class Description:
 Tensors = dict[str, tuple[tuple[int, ...], str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was written: a program, what its inputs and outputs mean, which of its weights are in fewer bits."""
+
+    program: Program
+    meanings: Mapping[str, str]
+    palette: Palette | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lowered:
     """A program ready to be written: the bytes of model.mlmodel, the plan of weight.bin, inputs and outputs.
 
     inputs, outputs: name -> (shape, "float16" | "float32" | "int32"). parameters: elements of this program's weights;
-    a plan that several programs share counts those of all.
+    a plan that several programs share counts those of all. source: what it was made of, until it has been cut.
     """
 
     model: bytes
@@ -262,6 +290,7 @@ class Lowered:
     inputs: Tensors
     outputs: Tensors
     parameters: int
+    source: Source | None = field(default=None, repr=False, compare=False)
 
 
 def lower(
@@ -275,166 +304,116 @@ def lower(
     Raises:
         ConversionError: a weight was folded into a constant or lost on its way through the graph.
     """
-    from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
-
-    for name in ("common::dedup_op_and_var_names", "mil_backend::sanitize_name_strings"):
-        PASS_REGISTRY[name](program)
+    _settle_names(program)
     _check_provenance(program)
     plan = Plan() if plan is None else plan
-    version = int(program.functions["main"].opset_version)
     description = Description() if description is None else description
-    model = _model(program, version, description.features)
-    model.mlProgram.CopyFrom(_export(program, version, plan, palette))
+    constant = partial(write_constant, version=program.version, place=plan.place, palette=palette)
+    written = model_bytes(program, description.features, constant)
     return Lowered(
-        # Maps inside the message (functions, attributes) are unordered unless asked for: equal input, equal bytes.
-        model=described(model.SerializeToString(deterministic=True), description),
+        model=described(written, description),
         plan=plan,
-        inputs=_tensors(model.description.input),
-        outputs=_tensors(model.description.output),
+        inputs={name: (var.shape, var.dtype) for name, var in program.inputs.items()},
+        outputs={var.name: (var.shape, var.dtype) for var in program.outputs},
         parameters=_parameters(program),
+        source=Source(program, description.features, palette),
     )
-
-
-_DESCRIPTION, _METADATA, _USER_DEFINED = 2, 100, 100  # fields of Model, ModelDescription and Metadata
 
 
 def described(model: bytes, description: Description) -> bytes:
     """Return a model that has no words yet with those of `description`; what its inputs mean aside.
 
-    The words are the last field of a message that is the second of another: written here by hand, they need no
-    coremltools where a program is known already.
+    The words are the last field of a message that is the second of another.
     """
     words = (description.summary, description.version, description.author, description.licence)
-    metadata = b"".join(_field(i, word.encode()) for i, word in enumerate(words, start=1) if word)
+    metadata = b"".join(field_of(i, word.encode()) for i, word in enumerate(words, start=1) if word)
     for key, text in sorted(description.user_defined.items()):
-        metadata += _field(_USER_DEFINED, _field(1, key.encode()) + _field(2, text.encode()))
+        metadata += field_of(USER_DEFINED, field_of(1, key.encode()) + field_of(2, text.encode()))
     if not metadata:
         return model
     start, at = 0, 0
     while True:  # the first fields are the version and the description
         start = at
-        tag, at = _read_varint(model, at)
-        length, at = _read_varint(model, at)
-        if tag == _DESCRIPTION << 3 | 2:
-            said = model[at : at + length] + _field(_METADATA, metadata)
-            return model[:start] + _field(_DESCRIPTION, said) + model[at + length :]
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A field of a protobuf message that has a length."""
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(number: int) -> bytes:
-    groups = [number >> shift & 127 for shift in range(0, max(number.bit_length(), 1), 7)]
-    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at a position, and the position behind it."""
-    number = shift = 0
-    while True:
-        byte = data[at]
-        number, shift, at = number | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return number, at
+        tag, at = read_varint(model, at)
+        length, at = read_varint(model, at)
+        if tag == DESCRIPTION << 3 | 2:
+            said = model[at : at + length] + field_of(METADATA, metadata)
+            return model[:start] + field_of(DESCRIPTION, said) + model[at + length :]
 
 
 def _parameters(program: Program) -> int:
     """Count the elements of the weights, each weight once."""
-    values = (op.outputs[0].val for op in program.functions["main"].operations if op.op_type == "const")
+    values = (op.outputs[0].val for op in program.operations if op.op_type == "const")
     sizes = {(val.weight.name, val.weight.scale): val.size for val in values if isinstance(val, StandIn) and val.weight}
     return sum(sizes.values())
 
 
-def _check_provenance(program: Program) -> None:
-    """Refuse operations that computed with the values of a stand-in: there are none."""
-    for operation in program.functions["main"].operations:
-        if operation.op_type == "const":
-            val = operation.outputs[0].val
-            if isinstance(val, StandIn):
-                if val.weight is None:
-                    raise ConversionError(
-                        f"constant {operation.name}: a weight was changed before it reached the graph"
-                    )
-                if not operation.outputs[0].child_ops:
-                    raise ConversionError(f"{val.weight.name}: the network asked for this weight and does not use it")
-            continue
-        for out in operation.outputs:
-            if out.val is not None and any(isinstance(var.val, StandIn) for var in operation.get_flattened_inputs()):
-                raise ConversionError(f"{operation.op_type} {operation.name}: this operation would fold a weight")
+def _settle_names(program: Program) -> None:
+    """Give what bears the name of something before it a number behind it; inputs and outputs keep theirs.
 
+    Values and operations have names of their own kind: an operation may be called as another one's result.
 
-def _export(program: Program, version: int, plan: Plan, palette: Palette | None) -> Any:
-    """Export `program` to a MIL protobuf, placing big constants and every weight in `plan`."""
-    # The exporter is coremltools' own, private but stable since 7.2; only where constants go is changed here.
-    from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor, types_to_proto_primitive
-    from coremltools.converters.mil.backend.mil.load import (
-        MILProtoExporter,
-        create_immediate_value,
-        should_use_weight_file,
-    )
-    from coremltools.converters.mil.mil import Operation, Var
-
-    class Exporter(MILProtoExporter):  # type: ignore[misc]
-        def translate_const(self, op: Operation) -> Any:
-            value = op.outputs[0].val
-            weight = value.weight if isinstance(value, StandIn) else None
-            if palette is None or weight is None or weight.dtype != "float16":
-                return super().translate_const(op)
-            form = palette.form_of(weight.name, value.shape)
-            if form is None:
-                return super().translate_const(op)
-
-            def place(item: Item | bytes, shape: tuple[int, ...], dtype: str) -> int:
-                content = item if isinstance(item, bytes) else Encoded(weight, value.shape, form, item)
-                return plan.place(content, shape, dtype)
-
-            return compressed(op, form, version, place)
-
-        def get_milproto_value(self, var: Var) -> Any:
-            value = var.val
-            if isinstance(value, StandIn):
-                # Small weights go to the file too (coremltools keeps them in the program): the plan is complete.
-                assert value.weight is not None
-                offset = plan.place(value.weight, value.shape, value.dtype.name)
-            elif isinstance(value, np.ndarray) and should_use_weight_file(value, version):
-                offset = plan.place(np.ascontiguousarray(value).tobytes(), value.shape, value.dtype.name)
-            else:
-                return create_immediate_value(var)
-            primitive = types_to_proto_primitive(var.sym_type.get_primitive())
-            return create_file_value_tensor("@model_path/weights/weight.bin", offset, value.shape, primitive)
-
-    return Exporter(program, "", version).export()
-
-
-def _model(program: Program, version: int, meanings: Mapping[str, str]) -> Any:
-    """The model around the program: what an app sees of it."""
-    from coremltools.converters.mil.backend.mil.helper import cast_to_framework_io_dtype
-    from coremltools.proto import Model_pb2
-
-    model = Model_pb2.Model(specificationVersion=version)
-    function = program.functions["main"]
-    for features, variables in (
-        (model.description.input, function.inputs.values()),
-        (model.description.output, function.outputs),
+    Raises:
+        ConversionError: a name that Core ML does not take.
+    """
+    values, operations = {*program.inputs, *(var.name for var in program.outputs)}, set[str]()
+    for op in program.operations:
+        op.name = _own_name(op.name, operations)
+        for var in op.outputs:
+            if var not in program.outputs:
+                var.name = _own_name(var.name, values)
+    wrong = sorted(name for name in values | operations if name in _RESERVED or not _IDENTIFIER.fullmatch(name))
+    if wrong or len(program.inputs) + len(program.outputs) != len(
+        {*program.inputs, *(v.name for v in program.outputs)}
     ):
-        for var in variables:
-            feature = features.add(name=var.name, shortDescription=meanings.get(var.name, ""))
-            feature.type.multiArrayType.shape.extend(var.shape)
-            feature.type.multiArrayType.dataType = cast_to_framework_io_dtype(var, is_output=False)
-    return model
+        raise ConversionError(f"names of the graph that Core ML does not take: {shorten(wrong)}")
 
 
-def _tensors(features: Any) -> Tensors:
-    from coremltools.proto.FeatureTypes_pb2 import ArrayFeatureType
+def _own_name(name: str, taken: set[str]) -> str:
+    """Return `name`, or the first one with a number behind it that is not taken, and take it."""
+    own = next(own for own in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if own not in taken)
+    taken.add(own)
+    return own
 
-    names = {
-        ArrayFeatureType.FLOAT16: "float16",
-        ArrayFeatureType.FLOAT32: "float32",
-        ArrayFeatureType.INT32: "int32",
-    }
-    return {
-        feature.name: (tuple(feature.type.multiArrayType.shape), names[feature.type.multiArrayType.dataType])
-        for feature in features
-    }
+
+def _check_provenance(program: Program) -> None:
+    """Refuse operations that would compute with a weight alone: its values are not there yet."""
+    read = {id(var) for op in program.operations for var in op.reads}
+    for op in program.operations:
+        if op.op_type != "const":
+            if all(var.op is not None and var.op.op_type == "const" for var in op.reads) and any(
+                isinstance(var.val, StandIn) for var in op.reads
+            ):
+                raise ConversionError(f"{op.op_type} {op.name}: this operation would fold a weight")
+            continue
+        val = op.outputs[0].val
+        if isinstance(val, StandIn):
+            if val.weight is None:
+                raise ConversionError(f"constant {op.name}: a weight was changed before it reached the graph")
+            if id(op.outputs[0]) not in read:
+                raise ConversionError(f"{val.weight.name}: the network asked for this weight and does not use it")
+
+
+def write_constant(
+    op: Operation, version: int, place: Callable[[Content, tuple[int, ...], str], int], palette: Palette | None
+) -> bytes:
+    """Write a constant: in the program, or in weight.bin where `place` gives the offsets of what it is stored as."""
+    (out,) = op.outputs
+    val = out.val
+    if isinstance(val, StandIn):
+        # Small weights go to the file too (coremltools keeps them in the program): the plan is complete.
+        assert val.weight is not None
+        weight = val.weight
+        form = None if palette is None or weight.dtype != "float16" else palette.form_of(weight.name, val.shape)
+        if form is not None:
+
+            def place_item(item: Item | bytes, shape: tuple[int, ...], dtype: str) -> int:
+                return place(item if isinstance(item, bytes) else Encoded(weight, val.shape, form, item), shape, dtype)
+
+            return compressed(op, form, version, place_item)
+        held = stored(out.dtype, out.shape, place(weight, out.shape, out.dtype))
+    elif out.dtype in _IN_FILE[version] and val.size >= 10:
+        held = stored(out.dtype, out.shape, place(np.ascontiguousarray(val).tobytes(), out.shape, out.dtype))
+    else:
+        held = value(val)
+    return operation("const", op.name, [out], {}, {"val": held})

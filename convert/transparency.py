@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from glassine.convert.checkpoint import Checkpoint, open_checkpoint
 from glassine.convert.digest import digests
@@ -30,9 +30,7 @@ from glassine.models.config import (
     TransparentEncoderConfig,
     UNetConfig,
 )
-
-if TYPE_CHECKING:
-    from coremltools.converters.mil.mil import Program
+from glassine.models.mil import Program
 
 Kind = Literal[
     "decoder", "encoder", "transparent", "joint", "fg2bg", "bg2fg", "fg2ble", "bg2ble", "fgble2bg", "bgble2fg"

@@ -6,11 +6,11 @@ The data's way: blocks of pixels become channels -> level by level, convolutions
 from __future__ import annotations
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
+from glassine.models import mil as mb
 from glassine.models.config import AdapterConfig
 from glassine.models.layers import Inputs, Scope, Var, Weights, build, conv
+from glassine.models.mil import Program
 
 
 def adapter(config: AdapterConfig, weights: Weights, *, height: int = 64, width: int = 64) -> Program:

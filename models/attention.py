@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from coremltools.converters.mil import Builder as mb
-
+from glassine.models import mil as mb
 from glassine.models.config import Attention, Layout
 from glassine.models.layers import Scope, Var, dense, layer_norm
 

@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coremltools.converters.mil import Builder as mb
-
+from glassine.models import mil as mb
 from glassine.models.attention import (
     attention,
     channels_last_from_heads,

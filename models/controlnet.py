@@ -10,9 +10,8 @@ latents nor the time, so that is a program of its own, `union_hint`, which runs 
 from __future__ import annotations
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
+from glassine.models import mil as mb
 from glassine.models.config import Attention, ControlNetConfig, Layout
 from glassine.models.layers import (
     Inputs,
@@ -27,6 +26,7 @@ from glassine.models.layers import (
     layer_norm,
     sinusoid,
 )
+from glassine.models.mil import Program
 from glassine.models.unet import TIME_IDS_WIDTH, UNet
 
 

@@ -1,4 +1,4 @@
-"""The words the networks are written in: MIL Builder operations that ask for their weights by canonical name.
+"""The words the networks are written in: operations of `mil.py` that ask for their weights by canonical name.
 
 A `Scope` is a place in a network: `w / "conv1"` is one level deeper, and `w("weight", shape)` asks for a weight there.
 Every function of this folder takes the scope first, appends operations to the function being built, and returns the
@@ -9,23 +9,20 @@ MIL variable of the result. Images are (B, C, H, W); tokens are (B, C, 1, S) in 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import coremltools as ct
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.converter import _reset_conversion_state
-from coremltools.converters.mil.mil import Function, Program, types
 from numpy.typing import DTypeLike, NDArray
 
+from glassine.models import mil as mb
 from glassine.models.config import Attention, Layout
+from glassine.models.mil import Program
 
-Var = Any  # a coremltools MIL variable
+Var = Any  # a `mil.Var`; untyped, as its operations are
 Inputs = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # name -> shape, np.float16 or np.float32
 
 
@@ -73,20 +70,16 @@ class Scope:
 
 
 def build(inputs: Inputs, body: Callable[..., Mapping[str, Var]], *, attention: Attention = "einsum") -> Program:
-    """Make the program whose one function `main` computes body(**inputs); all outputs are cast to fp32.
+    """Make the program that computes body(**inputs); all outputs are cast to fp32.
 
     The opset is iOS16 (macOS 13), or iOS18 (macOS 15) where the fused attention operation needs it or `newest_opset`
     says so.
     """
-    _reset_conversion_state()  # operation names count up for the life of the process otherwise
-    builtin = {np.float16: types.fp16, np.float32: types.fp32}
-    placeholders = {name: mb.placeholder(shape, dtype=builtin[dtype]) for name, (shape, dtype) in inputs.items()}
-    program = Program()
-    opset = ct.target.iOS18 if attention == "sdpa" or _NEWEST.get() else ct.target.iOS16
-    with Function(placeholders, opset_version=opset) as function, _shared_literals():
-        results = body(**function.inputs)
-        function.set_outputs([mb.cast(x=result, dtype="fp32", name=name) for name, result in results.items()])
-    program.add_function("main", function)
+    variables = {name: mb.Var(name, (np.dtype(dtype).name, shape)) for name, (shape, dtype) in inputs.items()}
+    program = Program(variables, mb.IOS18 if attention == "sdpa" or _NEWEST.get() else mb.IOS16)
+    with program:
+        results = body(**variables)
+        program.outputs = [mb.cast(x=result, dtype="fp32", name=name) for name, result in results.items()]
     return program
 
 
@@ -101,36 +94,6 @@ def newest_opset(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _NEWEST.reset(token)
-
-
-_READERS = 100
-
-
-@contextmanager
-def _shared_literals() -> Iterator[None]:
-    """Give equal literals (axes, pads, zero biases) one constant in the function being built.
-
-    The builder makes a constant for every argument of every operation: more than half of a program, and of the time it
-    takes to write one. Weights are no literals; they are constants when they come to the builder. One constant serves
-    `_READERS` arguments: coremltools counts through all readers of a constant for each of them.
-    """
-    own = mb.__dict__["_add_const"]
-    known: dict[tuple[str, tuple[int, ...], bytes], Var] = {}
-    readers: Counter[tuple[str, tuple[int, ...], bytes]] = Counter()
-
-    def add_const(cls: type, val: Any, name: str, before_op: Any) -> Var:
-        array = np.asarray(val)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if readers[key] % _READERS == 0:
-            known[key] = own.__func__(cls, val, name, before_op)
-        readers[key] += 1
-        return known[key]
-
-    mb._add_const = classmethod(add_const)
-    try:
-        yield
-    finally:
-        mb._add_const = own
 
 
 def conv(w: Scope, x: Var, channels: int, *, kernel: int = 3, stride: int = 1) -> Var:
@@ -151,8 +114,9 @@ def dense(w: Scope, x: Var, channels: int, *, bias: bool = True, scale: float = 
     else:
         weight = w("weight", (channels, x.shape[-1]), scale=scale)
         operation = mb.linear
-    offset = {"bias": w("bias", (channels,), scale=scale)} if bias else {}
-    return operation(x=x, weight=weight, **offset, name=w.op())
+    none = None if w.channels_first else np.zeros(channels, w.dtype)  # a linear layer has to have one
+    offset = w("bias", (channels,), scale=scale) if bias else none
+    return operation(x=x, weight=weight, bias=offset, name=w.op())
 
 
 def layer_norm(w: Scope, x: Var, *, axis: int = -1) -> Var:

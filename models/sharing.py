@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
 
+from glassine.models import mil as mb
 from glassine.models.attention import FORMS, query_scale
 from glassine.models.config import UNetConfig
 from glassine.models.layers import Scope, Var, dense

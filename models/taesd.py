@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
+from glassine.models import mil as mb
 from glassine.models.config import TinyDecoderConfig
 from glassine.models.layers import Scope, Var, Weights, build, conv
+from glassine.models.mil import Program
 
 
 def taesd_decoder(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
+from glassine.models import mil as mb
 from glassine.models.attention import einsum_channels_last, query_scale
 from glassine.models.config import Activation, TextEncoderConfig
 from glassine.models.layers import Scope, Var, Weights, build, dense, layer_norm
+from glassine.models.mil import Program
 
 # Added to the scores of tokens that lie ahead. Not -inf: it breaks palettes and poisons fp16 arithmetic.
 MASKED = -1e4

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
 from glassine.errors import ConversionError
+from glassine.models import mil as mb
 from glassine.models.attention import FORMS, query_scale, to_image, to_tokens
 from glassine.models.config import (
     Attention,
@@ -26,6 +25,7 @@ from glassine.models.config import (
     TransparentEncoderConfig,
 )
 from glassine.models.layers import Scope, Var, Weights, build, conv, dense, group_norm, resnet, upsample
+from glassine.models.mil import Program
 from glassine.models.sharing import control_name
 
 EPS = 1e-5  # of every GroupNorm of the decoder

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
+from glassine.models import mil as mb
 from glassine.models.attention import Attend, attention, to_image, to_tokens, transformer_block
 from glassine.models.collage import MASKS, MASKS_A_LAYER, TABLE, LayerBias, biased_attention, mask_sizes
 from glassine.models.config import Attention, Layout, UNetConfig
@@ -31,6 +30,7 @@ from glassine.models.layers import (
     sinusoid,
     upsample,
 )
+from glassine.models.mil import Program
 from glassine.models.sharing import Frames, attention_units, control_name, shared_attention
 
 TIME_IDS_WIDTH = 256  # each number of SDXL's micro-conditioning becomes a sinusoid of this width

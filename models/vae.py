@@ -6,14 +6,14 @@ Its one attention has a single head over every cell of the latent, between two r
 from __future__ import annotations
 
 import numpy as np
-from coremltools.converters.mil import Builder as mb
-from coremltools.converters.mil.mil import Program
 
 from glassine.errors import ConversionError
+from glassine.models import mil as mb
 from glassine.models.attention import attention as attend
 from glassine.models.attention import to_image, to_tokens
 from glassine.models.config import Attention, Layout, VAEConfig
 from glassine.models.layers import Scope, Var, Weights, build, conv, group_norm, resnet, upsample
+from glassine.models.mil import Program
 
 VAEDtype = type[np.float16] | type[np.float32]
 EPS = 1e-6  # of every GroupNorm of the VAE

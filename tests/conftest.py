@@ -63,6 +63,12 @@ def layerdiffuse() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    """tests/support/coremltools_oracle.py: our programs by coremltools' builder and exporter."""
+    return load_support("coremltools_oracle")
+
+
+@pytest.fixture(scope="session")
 def tiny_checkpoint(checkpoints, tmp_path_factory) -> Path:
     """A whole SD 1.x single file with small networks and random fp16 weights; read only."""
     return checkpoints.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")

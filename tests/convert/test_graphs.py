@@ -104,13 +104,13 @@ def test_what_is_missing_is_named_as_ever(checkpoints, tiny_checkpoint, tmp_path
     assert messages[0] == messages[1]
 
 
-def test_known_programs_need_no_coremltools(tiny_checkpoint, tmp_path):
+def test_a_conversion_needs_no_coremltools(tiny_checkpoint, tmp_path):
     program = (
         "import sys\nfrom pathlib import Path\nfrom glassine.convert.folder import ConvertOptions, convert_checkpoint\n"
         "convert_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), ConvertOptions(sizes=((64, 64),)))\n"
         "print('coremltools' in sys.modules)"
     )
-    for out, expected in (("a", "True"), ("b", "False")):
+    for out, expected in (("a", "False"), ("b", "False")):
         command = [sys.executable, "-W", "ignore", "-c", program, str(tiny_checkpoint), str(tmp_path / out)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         assert done.stdout.split()[-1] == expected

@@ -7,7 +7,6 @@ import shutil
 import coremltools as ct
 import numpy as np
 import pytest
-from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.optimize import _utils as packing
 from coremltools.optimize.coreml import (
@@ -27,6 +26,7 @@ from glassine.convert.verify import PartReport, note_palettes, verify_folder
 from glassine.convert.weights import Arrays
 from glassine.errors import ConversionError
 from glassine.manifest import Manifest
+from glassine.models import mil as mb
 from glassine.models.layers import build, newest_opset
 from glassine.runtime.engine import EngineOptions, open_engine
 from glassine.runtime.engine.portable.ops import constexpr

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coremltools.converters.mil import Builder as mb
 
 from glassine.convert.checkpoint import open_checkpoint
 from glassine.convert.layer_patches import SharedFrames
@@ -22,6 +21,7 @@ from glassine.convert.names import Source
 from glassine.convert.package import write_package
 from glassine.convert.program import Requests, lower
 from glassine.convert.weights import Arrays, FileWeights, Patched, WeightSource
+from glassine.models import mil as mb
 from glassine.models import transparency
 from glassine.models.config import FrameControlConfig, TransparentDecoderConfig, TransparentEncoderConfig, UNetConfig
 from glassine.models.layers import Scope, build
