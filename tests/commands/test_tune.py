@@ -123,7 +123,7 @@ def test_another_form_that_wins_is_kept_and_drawn_with(tune, folder, glassine, m
     tune({"cpu_and_ne Unet": 0.01}, "--part", "unet")
     assert names(folder) == before
     tune(plan, "--part", "unet")
-    assert contents(folder)["Unet.weights.json"] != files["Unet.weights.json"]  # its weight file has become longer
+    assert names(folder) != before
     assert glassine("tune", folder, "--engine", "coreml", "--reset").exit_code == 0
     assert contents(folder) == files
     assert set(opened(folder, monkeypatch)) == {"TextEncoder", "Unet", "VAEDecoder"}

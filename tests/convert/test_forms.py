@@ -199,6 +199,7 @@ def test_a_form_is_gone_whole_or_not_at_all(model, monkeypatch):
     assert contents(model) == before
 
 
+@pytest.mark.slow
 def test_loras_keep_what_lies_behind_the_weights(model):
     keep_form(model, FIRST, "unet", forms(model)["sdpa 2"], quiet)
     swap.add_loras(model, [LCM])
@@ -286,8 +287,8 @@ def predicted(package):
 @pytest.mark.parametrize(
     ("role", "attention", "rows"),
     [
-        ("controlled_unet", "sdpa", 1),
         ("transparent_unet", "split", 2),
+        pytest.param("controlled_unet", "sdpa", 1, marks=pytest.mark.slow),
         pytest.param("controlled_unet", "split", 2, marks=pytest.mark.slow),
         pytest.param("controlled_transparent_unet", "split", 2, marks=pytest.mark.slow),
     ],

@@ -162,7 +162,7 @@ def _compare(actual: Any, wanted: Any, threshold: float) -> Wrong | None:
         wrong = int((actual != wanted).sum())
         return ("differs", math.nan, f"{wrong} of {wanted.numel()} whole numbers differ") if wrong else None
     strange, count, square, most, top = 0, 0, 0.0, 0.0, 0.0
-    for mine, good in zip(*(value.reshape(-1).split(_PIECE) for value in (actual, wanted)), strict=True):
+    for mine, good in zip(*(torch.split(value.reshape(-1), _PIECE) for value in (actual, wanted)), strict=True):
         errors = mine - good
         if not math.isfinite(_norm(errors, 2)):
             strange += int((torch.isfinite(good) & ~torch.isfinite(mine)).sum())
@@ -257,4 +257,5 @@ def _equal(one: Constant, other: Constant) -> bool:
     mine, theirs = one.array(), other.array()
     if mine.dtype.kind == "U":
         return np.array_equal(mine, theirs)
-    return np.array_equal(*(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (mine, theirs)))
+    bits = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (mine, theirs)]
+    return np.array_equal(bits[0], bits[1])

@@ -85,7 +85,8 @@ class Numerics:
             EngineError: a finite value became infinite; the message names `operation` and the value.
         """
         rounded = torch.empty_like(value, memory_format=torch.contiguous_format)
-        for flat, exact in zip(rounded.view(-1).split(_PIECE), value.reshape(-1).split(_PIECE), strict=True):
+        pieces = (torch.split(flat, _PIECE) for flat in (rounded.view(-1), value.reshape(-1)))
+        for flat, exact in zip(*pieces, strict=True):
             flat.copy_(exact.half())
             if bool(torch.isinf(flat).any()):
                 overflowed = torch.isinf(flat) & torch.isfinite(exact)
