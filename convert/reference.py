@@ -103,7 +103,8 @@ def _layer_bias(w: Weights, q: Tensor, k: Tensor) -> Tensor:
     )
     wanted = torch.einsum("brq,btr->bqt", masks, w.given["collage_table"][:, :, 0])
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    return (wanted * scores.amax(dim=(1, 2))[:, None])[:, None]
+    bias: Tensor = wanted * scores.amax(dim=(1, 2))[:, None]
+    return bias[:, None]
 
 
 def _shared_attention(w: Weights, x: Tensor, context: Tensor, heads: int) -> Tensor:

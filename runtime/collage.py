@@ -16,7 +16,6 @@ every run.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -73,7 +72,7 @@ class Layer:
         for name in ("x", "y", "rotation"):
             _check(self, name, -math.inf, math.inf)
         for name in ("width", "height"):
-            _check(self, name, 0, 1 << 20)
+            _check(self, name, 1, 1 << 14)
         for name, most in (
             ("opacity", 1),
             ("change", 1),
@@ -130,7 +129,7 @@ class Collage:
 
 
 class Strengths(NamedTuple):
-    """What a layer is given where it says nothing."""
+    """How strongly a layer counts in each way; the fields of `Layer`."""
 
     attract: float
     repel: float
@@ -139,26 +138,26 @@ class Strengths(NamedTuple):
 
 
 def strengths(share: float, *, front: bool) -> Strengths:
-    """Return the strengths of a layer whose longer side is `share` of the canvas, 0 to 1.
+    """Return the strengths of a layer that says none and whose longer side is `share` of the canvas, 0 to 1.
 
     Small things need more help to come out; the front-most layer is changed least.
 
     Source: the "auto" button of Collage Diffusion's interface.
     """
     small = 1 - share
-    change = max(0.4, 0.4 - 0.1 * share) if front else 0.5 + 0.2 * share
-    return Strengths(0.2 + 0.4 * small, 0.9 - 0.5 * share, change, 0.3 + 0.6 * small)
+    return Strengths(0.2 + 0.4 * small, 0.9 - 0.5 * share, 0.4 if front else 0.5 + 0.2 * share, 0.3 + 0.6 * small)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arranged:
     """A collage of the model's size.
 
-    layers: without None. pixels: (H, W, 3) uint8, what is drawn from. visible: (layers, H, W) float32, v. change,
-    control: (H, W) float32. notices: for the user.
+    strengths: of each layer, said or chosen. pixels: (H, W, 3) uint8, what is drawn from. visible: (layers, H, W)
+    float32, v. change, control: (H, W) float32. notices: for the user.
     """
 
     layers: tuple[Layer, ...]
+    strengths: tuple[Strengths, ...]
     pixels: Bytes
     visible: Float
     change: Float
@@ -173,29 +172,27 @@ def arrange(collage: Collage, width: int, height: int) -> Arranged:
         RequestError: a picture cannot be read, is not seen anywhere on the canvas, or the canvas has another shape.
     """
     scale = _scale(collage, width, height)
-    layers, placed = [], []
+    placed, said = [], []
     for index, layer in enumerate(collage.layers):
         rgba, share = _placed(layer, width, height, scale)
-        layers.append(_settled(layer, strengths(share, front=index == len(collage.layers) - 1)))
         placed.append(rgba)
-    alphas = [
-        rgba[..., 3] / np.float32(255) * np.float32(layer.opacity) for rgba, layer in zip(placed, layers, strict=True)
-    ]
-    visible, behind = visible_weights(alphas)
-    covered = [layer.name for layer, weight in zip(layers, visible, strict=True) if not weight.any()]
-    pasted = [collage.previous is None or bool(layer.change) for layer in layers]
-    ground = collage.background if collage.previous is None else collage.previous
-    most = max(layer.change for layer in layers if layer.change is not None)
-    change_behind = most if collage.background_change is None else collage.background_change
+        said.append(_settled(layer, strengths(share, front=index == len(collage.layers) - 1)))
+    opacities = (np.float32(layer.opacity / 255) for layer in collage.layers)
+    visible, behind = visible_weights([rgba[..., 3] * opacity for rgba, opacity in zip(placed, opacities, strict=True)])
+    pasted = [collage.previous is None or one.change > 0 for one in said]
+    change_behind = collage.background_change
+    if change_behind is None:
+        change_behind = max(one.change for one in said)
+    change = combined(visible, [one.change for one in said], behind, change_behind)
+    seen = zip(collage.layers, visible, strict=True)
     return Arranged(
-        layers=tuple(layers),
-        pixels=_composite(background_of(ground, width, height), placed, visible * np.array(pasted)[:, None, None]),
+        layers=tuple(collage.layers),
+        strengths=tuple(said),
+        pixels=_composite(_ground(collage, width, height), placed, visible * np.array(pasted)[:, None, None]),
         visible=visible,
-        change=blurred(
-            combined(visible, [layer.change for layer in layers], behind, change_behind), collage.blur * scale
-        ),
-        control=combined(visible, [layer.control for layer in layers], behind, 0.0),
-        notices=tuple(f"{name} is covered by those in front of it" for name in covered),
+        change=blurred(change, collage.blur * scale),
+        control=combined(visible, [one.control for one in said], behind, 0.0),
+        notices=tuple(f"{layer.name} is covered by those in front of it" for layer, v in seen if not v.any()),
     )
 
 
@@ -212,10 +209,10 @@ def visible_weights(alphas: Sequence[Float]) -> tuple[Float, Float]:
     return np.stack(seen[::-1]), clear
 
 
-def combined(visible: Float, values: Sequence[float | None], behind: Float, value_behind: float) -> Float:
+def combined(visible: Float, values: Sequence[float], behind: Float, value_behind: float) -> Float:
     """Return the map (H, W) in [0, 1] that has each layer's value where it is seen, in its share where several are."""
-    weights = np.array([0.0 if value is None else value for value in values], np.float32)
-    return np.clip(np.tensordot(weights, visible, axes=1) + np.float32(value_behind) * behind, 0, 1)
+    mixed = np.tensordot(np.array(values, np.float32), visible, axes=1) + np.float32(value_behind) * behind
+    return np.asarray(np.clip(mixed, 0, 1), np.float32)
 
 
 def _scale(collage: Collage, width: int, height: int) -> float:
@@ -231,10 +228,23 @@ def _scale(collage: Collage, width: int, height: int) -> float:
     return across
 
 
-def _settled(layer: Layer, auto: Strengths) -> Layer:
-    """The layer with what it says, and what is chosen where it says nothing."""
-    chosen = {name: value for name, value in auto._asdict().items() if getattr(layer, name) is None}
-    return dataclasses.replace(layer, **chosen)
+def _ground(collage: Collage, width: int, height: int) -> Bytes:
+    """What is behind the layers, (H, W, 3) uint8: the background, or the picture that was drawn before."""
+    if collage.previous is None:
+        return background_of(collage.background, width, height)
+    drawn = read_picture(collage.previous, name="the earlier picture")
+    if drawn.size != (width, height):
+        raise RequestError(
+            f"{drawn.name}: is {drawn.size[0]}x{drawn.size[1]}, the model {width}x{height}; expected a picture that "
+            "it drew of the same collage"
+        )
+    return drawn.pixels
+
+
+def _settled(layer: Layer, auto: Strengths) -> Strengths:
+    """What the layer says, and what is chosen where it says nothing."""
+    own = (getattr(layer, name) for name in Strengths._fields)
+    return Strengths(*(chosen if said is None else said for said, chosen in zip(own, auto, strict=True)))
 
 
 def _placed(layer: Layer, width: int, height: int, scale: float) -> tuple[Bytes, float]:
@@ -250,9 +260,8 @@ def _placed(layer: Layer, width: int, height: int, scale: float) -> tuple[Bytes,
     if inside.size:
         canvas[rows, columns] = inside
     if not canvas[..., 3].any():
-        where = (
-            "is transparent everywhere" if not own[..., 3].any() else f"lies outside of the canvas of {width}x{height}"
-        )
+        clear = not own[..., 3].any()
+        where = "is transparent everywhere" if clear else f"lies outside of the canvas of {width}x{height}"
         raise RequestError(
             f"{layer.name}: {where}; its corner is at {layer.x:g},{layer.y:g}, its size {across:g}x{down:g}"
         )
@@ -261,10 +270,10 @@ def _placed(layer: Layer, width: int, height: int, scale: float) -> tuple[Bytes,
 
 def _size(layer: Layer, width: int, height: int) -> tuple[float, float]:
     """Width and height on the canvas of a layer whose picture has `width` x `height` pixels."""
-    if layer.width is None and layer.height is None:
-        return width, height
-    across = layer.width if layer.width is not None else width * (layer.height or 0) / height
-    return across, layer.height if layer.height is not None else height * across / width
+    across, down = layer.width, layer.height
+    if across is None:
+        across = width if down is None else width * down / height
+    return across, height * across / width if down is None else down
 
 
 def _turned(rgba: Bytes, degrees: float) -> Bytes:

@@ -47,7 +47,8 @@ def place_words(pipe: Pipeline, arranged: Arranged, request: Request) -> PlacedW
         As `collage_inputs`.
     """
     columns = columns_of(PromptTokens.of(pipe.tokenizer, request.prompt, pipe.manifest.tokens), arranged.layers)
-    counting = [i for i, layer in enumerate(arranged.layers) if layer.words and (layer.attract or layer.repel)]
+    said = arranged.strengths
+    counting = [i for i, own in enumerate(columns) if own and (said[i].attract > 0 or said[i].repel > 0)]
     if not counting:
         return None
     part = pipe.manifest.part(COLLAGE_UNET, pipe.size)
@@ -66,8 +67,8 @@ def place_words(pipe: Pipeline, arranged: Arranged, request: Request) -> PlacedW
     return PlacedWords(
         visible=arranged.visible[counting],
         columns=tuple(columns[i] for i in counting),
-        attract=tuple(arranged.layers[i].attract or 0.0 for i in counting),
-        repel=tuple(arranged.layers[i].repel or 0.0 for i in counting),
+        attract=tuple(said[i].attract for i in counting),
+        repel=tuple(said[i].repel for i in counting),
     )
 
 

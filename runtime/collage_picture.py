@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from glassine.runtime import map_picture
 from glassine.runtime.change_map import n_table, to_cells
-from glassine.runtime.collage import Arranged, Collage, Layer, arrange
+from glassine.runtime.collage import Arranged, Collage, arrange
 from glassine.runtime.collage_inputs import columns_of
 from glassine.runtime.request import Request
 from glassine.runtime.run import sigmas_of
@@ -76,18 +76,19 @@ def _sheet(panels: list[Bytes], arranged: Arranged, tokens: PromptTokens, column
         if colour is not None:
             draw.rectangle([at[0] - 2, at[1] + 16, at[0] + font.getlength(word) + 1, at[1] + 18], fill=colour)
         draw.text(at, word, fill=_INK, font=font)
-    for i, (layer, own) in enumerate(zip(arranged.layers, columns, strict=True)):
+    for i, own in enumerate(columns):
         y = top + (rows + i) * _LINE + _GAP
         draw.rectangle([_GAP, y + 3, _GAP + 12, y + 15], fill=_COLOURS[i % len(_COLOURS)])
-        draw.text((_GAP + 20, y), _line(layer, own, float(arranged.visible[i].mean())), fill=_INK, font=font)
+        draw.text((_GAP + 20, y), _line(arranged, i, own), fill=_INK, font=font)
     return np.asarray(sheet)
 
 
-def _line(layer: Layer, columns: tuple[int, ...], share: float) -> str:
+def _line(arranged: Arranged, index: int, columns: tuple[int, ...]) -> str:
     """One layer in words."""
-    words = f"tokens {', '.join(map(str, columns))}, attract {layer.attract:.2f}, repel {layer.repel:.2f}, "
-    strengths = f"change {layer.change:.2f}, control {layer.control:.2f}"
-    return f"{layer.name}: {words if columns else ''}{strengths}, seen on {share:.0%}"
+    said = arranged.strengths[index]
+    words = f"tokens {', '.join(map(str, columns))}, attract {said.attract:.2f}, repel {said.repel:.2f}, "
+    rest = f"change {said.change:.2f}, control {said.control:.2f}, seen on {arranged.visible[index].mean():.0%}"
+    return f"{arranged.layers[index].name}: {words if columns else ''}{rest}"
 
 
 def _words(

@@ -195,7 +195,7 @@ def _from_openraster(path: Path, prompt: str | None) -> Project:
             notices.append(f'layer "{layer.name}": its name is not in the prompt, so no words are drawn where it lies')
         words = layer.name.strip() if named else ""
         layers.append(Layer(layer.pixels, words, x=layer.x, y=layer.y, opacity=layer.opacity))
-    ground = {} if background is None else {"background": background.pixels}
+    ground: Json = {} if background is None else {"background": background.pixels}
     return Project(
         collage=Collage(layers, canvas=canvas, **ground), settings={"prompt": prompt}, notices=tuple(notices)
     )

@@ -127,12 +127,12 @@ def test_opacity_lets_see_what_is_behind():
 def test_auto_strengths():
     """Of a layer that takes half of the canvas, as the paper's interface chooses them."""
     half = [Layer(block(32, 16)), Layer(block(32, 16), y=40)]
-    back, front = arrange(Collage(half), 64, 64).layers
+    back, front = arrange(Collage(half), 64, 64).strengths
     assert (back.attract, back.repel, back.change, back.control) == pytest.approx((0.4, 0.65, 0.6, 0.6))
     assert (front.attract, front.repel, front.change, front.control) == pytest.approx((0.4, 0.65, 0.4, 0.6))
     assert strengths(1.0, front=False) == pytest.approx((0.2, 0.4, 0.7, 0.3))
     said = Layer(block(32, 16), attract=0.0, repel=2.0, change=0.0, control=1.0)
-    assert arrange(Collage([said]), 64, 64).layers == (said,)
+    assert arrange(Collage([said]), 64, 64).strengths == ((0.0, 2.0, 0.0, 1.0),)
 
 
 def test_the_background_changes_like_what_changes_most():
@@ -181,7 +181,7 @@ def test_a_canvas_of_another_size_is_scaled():
     small = arrange(Collage([layer], canvas=(64, 64), blur=0), 128, 128)
     rows, columns = np.nonzero(small.visible[0])
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (40, 60, 20, 60)
-    assert small.layers[0].change == arrange(Collage([layer], blur=0), 64, 64).layers[0].change
+    assert small.strengths == arrange(Collage([layer], blur=0), 64, 64).strengths
 
 
 def test_drawing_again_on_an_earlier_picture():
@@ -205,6 +205,7 @@ def test_drawing_again_on_an_earlier_picture():
         (lambda: Layer("cup.png", opacity=-1), "layer cup.png: opacity is -1"),
         (lambda: Layer("cup.png", x=float("nan")), "x is nan"),
         (lambda: Layer("cup.png", repel=11), "repel is 11, expected 0 to 10"),
+        (lambda: Layer("cup.png", width=0), "width is 0, expected 1 to 16384"),
         (lambda: Collage([Layer("a.png")], blur=-1), "blur is -1 pixels"),
         (lambda: Collage([Layer("a.png")], background_change=2), "background_change is 2"),
         (lambda: Collage([Layer("a.png")], canvas=(0, 4)), r"canvas is \(0, 4\)"),
@@ -214,7 +215,11 @@ def test_drawing_again_on_an_earlier_picture():
             lambda: arrange(Collage([Layer(block(8, 8))], canvas=(64, 32)), 64, 64),
             "64x32, the model 64x64, which is an",
         ),
-        (lambda: arrange(Collage([Layer("nowhere.png")]), 64, 64), "nowhere.png: no such file"),
+        (lambda: arrange(Collage([Layer("nowhere.png")]), 64, 64), r"nowhere\.png: no such file"),
+        (
+            lambda: arrange(Collage([Layer(block(8, 8))], previous=block(8, 8)), 64, 64),
+            "is 8x8, the model 64x64; expected a picture",
+        ),
         (lambda: arrange(Collage([Layer(block(8, 8))], background="nowhere"), 64, 64), "background 'nowhere'"),
     ],
 )
