@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from glassine.errors import GlassineError, RequestError
+from glassine.runtime.collage_inputs import collage_inputs
 from glassine.runtime.control_pictures import with_controls
 from glassine.runtime.engine import EngineOptions
 from glassine.runtime.image import save_png
@@ -125,7 +126,10 @@ def _together(jobs: Sequence[Job]) -> list[Job]:
 
 def _prepare(pipe: Pipeline, job: Job, options: EngineOptions) -> Run:
     fit = job.request.fit
-    inputs = read_inputs(job.image, job.maps, *pipe.size, fit=fit, keep_alpha=job.request.transparent)
+    if job.collage is not None:
+        inputs = collage_inputs(pipe, job.collage, job.request)
+    else:
+        inputs = read_inputs(job.image, job.maps, *pipe.size, fit=fit, keep_alpha=job.request.transparent)
     return pipe.run(job.request, with_controls(inputs, job.controls, pipe.size, fit, engine=options))
 
 

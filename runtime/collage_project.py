@@ -114,7 +114,11 @@ def _layer(raw: Json, number: int, find: Find) -> Layer:
 
 
 def recorded(collage: Collage) -> Json:
-    """Return what a picture says about a collage, as plain JSON values: its files without their folders."""
+    """Return what a picture says about a collage, as plain JSON values: its files without their folders.
+
+    Raises:
+        RequestError: a file cannot be read.
+    """
     layers = [{**_said(layer), "image": _described(layer.image)} for layer in collage.layers]
     grounds = {
         name: _described(getattr(collage, name))
@@ -156,8 +160,12 @@ def _described(source: Source) -> str | dict[str, str]:
     """A colour as it is; a file's name and sha256; the sha256 of what an array or a PIL image holds."""
     if isinstance(source, str) and _is_colour(source):
         return source
-    content = np.empty(0) if isinstance(source, (str, Path)) else np.asarray(source)
-    return describe(source, content)
+    if not isinstance(source, (str, Path)):
+        return describe(source, np.asarray(source))
+    try:
+        return describe(source, np.empty(0))
+    except OSError as error:
+        raise RequestError(f"{source}: cannot be read ({error.strerror or error})") from None
 
 
 def _is_colour(text: str) -> bool:

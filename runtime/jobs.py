@@ -22,6 +22,9 @@ from PIL import Image
 
 from glassine.errors import GlassineError, RequestError
 from glassine.runtime.change_map import is_description
+from glassine.runtime.collage import Collage
+from glassine.runtime.collage_inputs import columns_of
+from glassine.runtime.collage_project import Project, read_project, recorded
 from glassine.runtime.control import Control
 from glassine.runtime.image import Source
 from glassine.runtime.inputs import MapSource
@@ -29,9 +32,11 @@ from glassine.runtime.metadata import file_sha256
 from glassine.runtime.pipeline import Pipeline
 from glassine.runtime.request import Request
 from glassine.runtime.run import choose_sampler, sigmas_of
+from glassine.runtime.token_spans import PromptTokens
 
 KEYWORD = "glassine-job"  # of the text chunk that holds a picture's digest
-INPUTS = ("out", "model", "size", "refiner", "image", "change_map", "mask", "softness", "map_white", "controls")
+_PICTURES = ("image", "change_map", "mask", "softness", "map_white")
+INPUTS = ("out", "model", "size", "refiner", *_PICTURES, "controls", "collage")
 _SETTINGS = tuple(setting.name for setting in dataclasses.fields(Request) if setting.name != "layers")
 _CONTROL = tuple(setting.name for setting in dataclasses.fields(Control))
 _CONTROL_NUMBERS = ("weight", "start", "stop")
@@ -59,6 +64,7 @@ class Job:
     image: Path | None = None
     maps: MapSource = field(default_factory=MapSource)
     controls: tuple[Control, ...] = ()
+    collage: Collage | None = None
 
     @property
     def done(self) -> bool:
@@ -146,15 +152,21 @@ class _Planner:
 
     def job(self, line: int, fields: Json) -> Job:
         model, refiner = self._path(fields, "model"), self._path(fields, "refiner")
-        model = model if model is not None else self._model
+        project = self._project(fields)
+        if model is None:
+            model = self._model if project is None or project.model is None else project.model
         if model is None:
             raise RequestError('has no "model"; name its folder, or give one for all jobs (--model)')
         size, image, maps = _size(fields), self._path(fields, "image"), self._maps(fields)
         if maps.source is not None and image is None:
             raise RequestError("a change map says how much of a picture may change; give the picture too (image)")
         controls = tuple(self._control(raw) for raw in _list(fields, "controls"))
+        if size is None and project is not None:
+            size = project.size
         pipe = self._pipe(model, size, refiner)
         settings = {name: value for name, value in fields.items() if name not in INPUTS}
+        if project is not None:
+            settings = {**project.settings, **settings}
         request = pipe.request(settings, image_alone=image is not None and maps.source is None)
         choose_sampler(request)
         sigmas_of(pipe.schedule, request)
@@ -167,6 +179,9 @@ class _Planner:
             "map": [self._content(maps.map), self._content(maps.mask), maps.softness, maps.white],
             "controls": [self._control_content(control) for control in controls],
         }
+        if project is not None:  # digests of other jobs are as they were before there were collages
+            columns_of(PromptTokens.of(pipe.tokenizer, request.prompt, pipe.manifest.tokens), project.collage.layers)
+            content["collage"] = recorded(project.collage)
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return Job(
             line=line,
@@ -179,7 +194,18 @@ class _Planner:
             image=image,
             maps=maps,
             controls=controls,
+            collage=None if project is None else project.collage,
         )
+
+    def _project(self, fields: Json) -> Project | None:
+        """The collage that a job draws; its settings count where the job says none."""
+        path = self._path(fields, "collage")
+        if path is None:
+            return None
+        both = [name for name in _PICTURES if fields.get(name) is not None]
+        if both:
+            raise RequestError(f"a collage is the picture and its change map; leave {', '.join(both)} out")
+        return read_project(path, _text(fields, "prompt"))
 
     def _pipe(self, model: Path, size: tuple[int, int] | None, refiner: Path | None) -> Pipeline:
         key = (model, size, refiner)

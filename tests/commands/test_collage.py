@@ -99,6 +99,31 @@ def test_control(glassine, scene, collage_folder):
     assert (scene / "steered.png").read_bytes() == (scene / "again.png").read_bytes()
 
 
+def test_jobs_of_a_batch(glassine, scene, collage_folder):
+    """A job is the project, with what the job says over it; it is drawn once."""
+    jobs = [
+        {"collage": "project.json", "out": "as-it-is.png"},
+        {"collage": "project.json", "seed": 9, "model": str(collage_folder), "out": "seed.png"},
+    ]
+    (scene / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    words = ("batch", "jobs.jsonl", "--model", collage_folder, "-o", "out", "--json")
+    first, second = (json.loads(glassine(*words).stdout.splitlines()[-1]) for _ in range(2))
+    assert (first["drawn"], first["failed"], second["there"]) == (2, 0, 2)
+    for name, more in (("as-it-is", ()), ("seed", ("--seed", 9))):
+        alone = glassine("collage", "project.json", "--model", collage_folder, *more, "-o", f"{name}.png")
+        assert alone.exit_code == 0
+        assert np.array_equal(read(f"{name}.png"), read(f"out/{name}.png"))
+    for change, said in (
+        ({"prompt": "a star"}, 'the words "a red star" are not in the prompt "a star"'),
+        ({"image": "star.png"}, "a collage is the picture and its change map; leave image out"),
+        ({"collage": "nowhere.json"}, "nowhere.json: cannot be read"),
+    ):
+        (scene / "jobs.jsonl").write_text(json.dumps({**jobs[0], **change}))
+        refused = glassine("batch", "jobs.jsonl", "--model", collage_folder, "-o", "other")
+        assert refused.exit_code == 1
+        assert said in " ".join(refused.output.split())
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
