@@ -98,16 +98,16 @@ def candidates(ways: Mapping[str, Sequence[Way]], options: EngineOptions) -> lis
     Engine, the GPU and all, then other forms, where they are made for; the CPU alone comes last of all.
     """
     found = []
-    for role, several in ways.items():
+    for rank, (role, several) in enumerate(sorted(ways.items(), key=lambda item: _rank(item[0]))):
         for way in several:
             for units, device in _places(way, options):
                 candidate = Candidate(role=role, way=way, units=units, device=device)
-                found.append(((units == "cpu_only", _rank(role), not way.own, _place(candidate)), candidate))
+                found.append(((units == "cpu_only", rank, not way.own, _place(candidate)), candidate))
     return [candidate for _, candidate in sorted(found, key=lambda item: item[0])]
 
 
 def _rank(role: str) -> int:
-    """0 for the part that takes most of a picture's time: what is called at every step, then the decoder."""
+    """Of a part: 0 for what takes most of a picture's time. What is called at every step, then the decoder, the rest."""
     if role == "unet":
         return 0
     if role.endswith("_unet"):
