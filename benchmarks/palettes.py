@@ -75,7 +75,7 @@ def beyond_optimum(bits: int) -> dict[str, float]:
         weight = (0.03 * rng.standard_t(6, size)).astype(np.float16)
         counted = Histograms.of_one(weight.view(np.uint16))
         best = optimal_palette(counted.values, counted.counts, 1 << bits)[None]
-        ours = best if size <= EXACT[bits] else good_palettes(counted, 1 << bits)
+        ours = best if size <= EXACT else good_palettes(counted, 1 << bits)
         found[str(size)] = counted.error(ours) / counted.error(best) - 1
     return found
 

@@ -29,7 +29,7 @@ Item = Literal["indices", "table", "values", "scales"]
 MAIN_ITEMS = ("indices", "values")  # of which there is one an element
 
 SMALLEST = 2048  # elements; smaller weights stay as they are
-EXACT = {4: 16384, 6: 4096, 8: 8192}  # bits -> elements up to which the one table of a weight is the best there is
+EXACT = 4096  # elements up to which the one table of a weight is the best there is
 _PIECE = 1 << 18  # elements at a time, so that what is made of them stays in the processor's cache
 _COUNTED = 1 << 20  # elements of groups that get their tables at a time
 
@@ -179,7 +179,7 @@ def _groups(weight: Half, form: Form) -> NDArray[np.uint16]:
 
 def _tables(groups: NDArray[np.uint16], form: Form) -> tuple[Half, Loss]:
     """Make the palettes: (G, m) bits -> (G, 2^b), ascending, and what is lost."""
-    exact = not form.group and groups.size <= EXACT[form.bits]
+    exact = not form.group and groups.size <= EXACT
     numbers = np.empty((len(groups), 1 << form.bits), np.float16)
     power = error = 0.0
     step = max(1, _COUNTED // groups.shape[1])
