@@ -107,7 +107,7 @@ def candidates(ways: Mapping[str, Sequence[Way]], options: EngineOptions) -> lis
 
 
 def _rank(role: str) -> int:
-    """Of a part: 0 for what takes most of a picture's time. What is called at every step, then the decoder, the rest."""
+    """Return 0 for what takes most of a picture's time: what is called at every step, then the decoder, the rest."""
     if role == "unet":
         return 0
     if role.endswith("_unet"):
