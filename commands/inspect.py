@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -105,7 +105,8 @@ def _inspect_files(folder: Path, as_json: bool) -> None:
     """Say of every file below a folder what it is; those that are nothing, or nothing whole, say why."""
     from glassine.convert.kinds import describe_file, weights_below
 
-    result, lines, refused = {}, [], 0
+    result: dict[str, Any] = {}
+    lines: list[str] = []
     files = list(weights_below(folder))
     if not files:
         raise click.ClickException(f"{folder}: no model, and no weights files in it")
@@ -115,12 +116,12 @@ def _inspect_files(folder: Path, as_json: bool) -> None:
         try:
             found = describe_file(path)
         except GlassineError as error:
-            refused += 1
             result[name] = {"error": str(error)}
             lines.append(f"{name:{width}}  not for Glassine: {str(error).removeprefix(f'{path}: ')}")
         else:
             result[name] = {"what": found.what, "family": found.family, **found.facts, "use": found.use}
             lines.append(f"{name:{width}}  {_said(found)}")
+    refused = sum("error" in found for found in result.values())
     give({"files": result}, "\n".join([*lines, f"{len(files)} files, {refused} of them not for Glassine"]), as_json)
 
 
