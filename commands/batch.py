@@ -39,9 +39,9 @@ def batch(jobs: Path, out: Path, model: Path | None, as_json: bool, **asked: Any
     """Draw a file of jobs, and go on where it was stopped.
 
     JOBS has one JSON object a line: the settings of a picture by their names in Python, and model, size, image,
-    change_map, mask, controls, out (docs/batch.md). Every line is checked before anything is drawn. Whatever stops a
-    batch, the same command draws what is missing and nothing twice. A job that fails is reported, the others go on;
-    then the exit code is 1.
+    change_map, mask, controls, collage, out (docs/batch.md). Every line is checked before anything is drawn. Whatever
+    stops a batch, the same command draws what is missing and nothing twice. A job that fails is reported, the others
+    go on; then the exit code is 1.
 
     \b
     Example:
