@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,22 @@ Bytes = NDArray[np.uint8]
 SUFFIX = ".ora"
 _MIMETYPE = "image/openraster"
 _VERSION = "0.0.5"
+_OVER = "svg:src-over"
 _LONGEST, _LARGEST = 1 << 22, 1 << 30  # bytes that are read of stack.xml, and of a picture
 _THUMBNAIL = 256  # pixels of the longer side
+# What the readers of zip, XML and PNG answer a damaged file with.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    LookupError,
+    SyntaxError,
+    RecursionError,
+    EOFError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same layers make the same file
 
 
@@ -83,11 +98,11 @@ def save_openraster(path: Path, layers: Sequence[Layer], *, overwrite: bool = Fa
 def read_openraster(path: Path) -> tuple[list[Layer], tuple[int, int]]:
     """Read the layers of an OpenRaster file, the first at the back, and its canvas (width, height).
 
-    Groups are taken apart: what lies in one has its offset, and is hidden or clear with it. Ways of mixing other than
-    one over the other are not followed.
+    Groups are taken apart: what lies in one has its offset, and is hidden or clear with it.
 
     Raises:
-        RequestError: it cannot be read, is damaged, or has no layers.
+        RequestError: it cannot be read, is damaged, has no layers, or one that is mixed otherwise than by lying over
+            those behind it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -96,21 +111,23 @@ def read_openraster(path: Path) -> tuple[list[Layer], tuple[int, int]]:
                 raise ValueError("stack.xml has a DOCTYPE")
             root = ElementTree.fromstring(listed)
             layers = [
-                replace(
-                    entry,
-                    pixels=read_picture(Image.open(io.BytesIO(_read(archive, src, _LARGEST))), keep_alpha=True).pixels,
-                )
+                replace(entry, pixels=_pixels(_read(archive, src, _LARGEST)))
                 for stack in root.findall("stack")
                 for entry, src in _entries(stack, Layer(name="", pixels=np.empty((0, 0, 4), np.uint8)))
             ]
             canvas = int(root.attrib["w"]), int(root.attrib["h"])
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, ElementTree.ParseError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise RequestError(f"{path}: cannot be read ({error}); expected an OpenRaster file") from None
     if not layers:
         raise RequestError(f"{path}: has no layers")
     return layers[::-1], canvas
+
+
+def _pixels(png: bytes) -> Bytes:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return read_picture(image, keep_alpha=True).pixels
 
 
 def _read(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
@@ -125,6 +142,11 @@ def _entries(stack: ElementTree.Element, group: Layer) -> Iterator[tuple[Layer, 
     for entry in stack:
         if entry.tag not in ("layer", "stack"):
             continue
+        mixed = entry.get("composite-op", _OVER)
+        if mixed != _OVER:
+            raise ValueError(
+                f'layer "{entry.get("name", "")}" is mixed by {mixed}; merge it down, only {_OVER} is read'
+            )
         own = Layer(
             name=entry.get("name", ""),
             pixels=group.pixels,
@@ -162,7 +184,7 @@ def _stack(layers: Sequence[Layer], width: int, height: int) -> bytes:
             "y": "0",
             "opacity": "1.0",
             "visibility": "visible" if layer.visible else "hidden",
-            "composite-op": "svg:src-over",
+            "composite-op": _OVER,
         }
         ElementTree.SubElement(stack, "layer", attributes)
     return bytes(ElementTree.tostring(image, encoding="UTF-8", xml_declaration=True))

@@ -415,6 +415,9 @@ def test_groups_offsets_and_opacity(tmp_path):
         '<image w="4" h="4"><stack><layer src="missing.png"/></stack></image>',
         '<image w="4" h="4"><stack><layer src="data/a.png" x="left"/></stack></image>',
         '<image><stack><layer src="data/a.png"/></stack></image>',
+        '<image w="4" h="4"><stack><layer src="data/a.png" composite-op="svg:multiply"/></stack></image>',
+        '<image w="4" h="4">' + "<stack>" * 3000 + "</stack>" * 3000 + "</image>",
+        '<image w="4" h="4"><stack><layer src="stack.xml"/></stack></image>',
         '<!DOCTYPE x [<!ENTITY a "aa">]><image w="4" h="4"><stack><layer name="&a;" src="data/a.png"/></stack></image>',
     ],
 )
