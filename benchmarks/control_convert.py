@@ -5,8 +5,7 @@
     python benchmarks/control_convert.py --python PATH  # the `glassine` of another interpreter (one without torch)
 
 "first" also writes the UNet that takes what the net gives, a graph of its own whose weights are a hard link; "further"
-is every net after that. Of both, "known" finds its programs in the cache, as from the second folder on. The base's
-weights are zeros: no byte of them is read or written. Needs 7 GB of free disk.
+is every net after that. The base's weights are zeros: no byte of them is read or written. Needs 7 GB of free disk.
 """
 
 from __future__ import annotations
@@ -79,14 +78,13 @@ def question(label: str, source: Path, bases: dict[str, Path], place: Path, aske
     """Measure one file: seconds and peak memory, the ratio to cp and the seconds beyond one and a half."""
     out = place / "out"
 
-    def glassine(base: Path, cache: Path) -> tuple[float, float]:
+    def glassine(base: Path) -> tuple[float, float]:
         command = [asked.python, "-m", "glassine", "convert", str(source), "--base", str(linked(base, out / "model"))]
-        return measure.child(command, env={**os.environ, "GLASSINE_CACHE": str(cache)}, **measure.QUIET)
+        return measure.child(command, **measure.QUIET)
 
     contenders: dict[str, measure.Run] = {"cp": lambda: measure.child(["cp", str(source), str(out / "copy")])}
     for name, base in bases.items():
-        contenders[name] = lambda base=base: glassine(base, out / "cache")
-        contenders[f"{name}_known"] = lambda base=base: glassine(base, place / "cache")
+        contenders[name] = lambda base=base: glassine(base)
     print(f"{label}: {source.stat().st_size / 1e9:.2f} GB", flush=True)
     results = measure.rounds(contenders, out, warmup=asked.warmup, repeats=asked.repeats)
     if asked.trace:

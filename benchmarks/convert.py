@@ -5,15 +5,13 @@
     python benchmarks/convert.py --family sdxl --only whole    # 3.5 G parameters, 6.9 GB; also sd2 and sdxl_refiner
     python benchmarks/convert.py --python PATH       # measure the `glassine` of another interpreter (one without torch)
 
-"glassine" writes its programs, as the first conversion of an architecture does; "known" finds them in the cache, as
-every later one does. Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the
+Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the
 disk is left alone until all earlier writes have reached it; writing itself goes through the page cache on both sides,
 as neither cp nor glassine waits for the disk.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -75,13 +73,9 @@ def question(label: str, source: Path, place: Path, asked: Namespace, *part: str
     command = [asked.python, "-m", "glassine", "convert", str(source), str(out / "model"), *part]
     command += ["--attention", asked.attention]
 
-    def glassine(cache: Path) -> tuple[float, float]:
-        return measure.child(command, env={**os.environ, "GLASSINE_CACHE": str(cache)}, **measure.QUIET)
-
     contenders: dict[str, measure.Run] = {
         "cp": lambda: measure.child(["cp", str(source), str(out / "copy")]),
-        "glassine": lambda: glassine(out / "cache"),
-        "known": lambda: glassine(place / "cache"),
+        "glassine": lambda: measure.child(command, **measure.QUIET),
     }
     print(f"{label}: {source.stat().st_size / 1e9:.2f} GB")
     results = measure.rounds(contenders, out, warmup=asked.warmup, repeats=asked.repeats)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from glassine.commands.options import FOLDER, UNITS, as_json, give, say
-from glassine.errors import EngineError, PackageError
+from glassine.errors import EngineError
 from glassine.manifest import TUNED
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def cache() -> None:
     """Look after the compiled models of the Core ML engine.
 
     Core ML compiles a package before it runs it, and again for the Neural Engine: minutes, the first time. Glassine
-    does that in a child process, keeps the result, and remembers which compute units ran it. The programs that
-    `convert` writes are kept too: the next checkpoint of an architecture needs no new ones. The folder is
+    does that in a child process, keeps the result, and remembers which compute units ran it. The folder is
     GLASSINE_CACHE, or the system's place for caches; it is safe to delete.
 
     \b
@@ -39,14 +38,12 @@ def cache() -> None:
 @cache.command("list")
 @as_json
 def list_entries(as_json: bool) -> None:
-    """List compiled models, last used first, and kept programs.
+    """List compiled models, last used first.
 
     \b
     Example:
       glassine cache list
     """
-    from glassine.convert import graphs
-
     store = _cache()
     entries = [_described(store, key, entry) for key, entry in store.entries().items()]
     size = sum(entry["bytes"] for entry in entries)
@@ -55,11 +52,7 @@ def list_entries(as_json: bool) -> None:
         units = ", ".join(f"{name} {ending}" for name, ending in entry["units"].items())
         used = time.strftime("%Y-%m-%d", time.localtime(entry["used"]))
         lines.append(f"{entry['bytes'] / 1e9:6.2f} GB  used {used}  {entry['state']}  {units}  {entry['source']}")
-    count, programs = graphs.kept()
-    if count:
-        lines.append(f"{graphs.root()}: programs of {count} networks, for the next conversion, {programs / 1e6:.1f} MB")
-    found = {"folder": str(store.root), "bytes": size, "entries": entries}
-    give({**found, "programs": {"count": count, "bytes": programs}}, "\n".join(lines), as_json)
+    give({"folder": str(store.root), "bytes": size, "entries": entries}, "\n".join(lines), as_json)
 
 
 @cache.command()
@@ -67,9 +60,7 @@ def list_entries(as_json: bool) -> None:
               help="Only what is of another build of macOS, damaged, or of packages that are gone.")  # fmt: skip
 @as_json
 def clear(stale: bool, as_json: bool) -> None:
-    """Remove compiled models and kept programs.
-
-    What is remembered of the models goes too.
+    """Remove compiled models, and what is remembered of them.
 
     \b
     Example:
@@ -93,23 +84,9 @@ def clear(stale: bool, as_json: bool) -> None:
             removed[key] = size
     if not stale:
         store.forget_digests()
-    programs = 0 if stale else _clear_programs()
     size = sum(removed.values())
     text = f"{store.root}: removed {len(removed)} compiled models, {size / 1e9:.2f} GB"
-    text += f", and programs of {programs} networks" if programs else ""
-    found = {"folder": str(store.root), "removed": removed, "bytes": size, "busy": busy, "programs": programs}
-    give(found, text, as_json)
-
-
-def _clear_programs() -> int:
-    from glassine.convert import graphs
-
-    try:
-        count, _ = graphs.kept()
-        graphs.clear()
-    except OSError as error:
-        raise PackageError(f"{graphs.root()}: cannot be removed ({error})") from error
-    return count
+    give({"folder": str(store.root), "removed": removed, "bytes": size, "busy": busy}, text, as_json)
 
 
 @cache.command()

@@ -95,12 +95,12 @@ def convert_tiny(folder: Path, report: Report, *, lcm: bool = False) -> Path:
     from glassine.convert.control import control_networks
     from glassine.convert.extras import Extras
     from glassine.convert.folder import ConvertOptions, convert_checkpoint
-    from glassine.convert.imports import import_coremltools
+    from glassine.convert.imports import import_coremltools_quietly_later
     from glassine.convert.lora import LoraFile
     from glassine.convert.transparency import TransparentFile, transparent_networks
 
     start = time.perf_counter()
-    import_coremltools()
+    import_coremltools_quietly_later()
     nets = partial(control_networks, [ControlFile(FAMILY / "tiny_control_canny.safetensors", name=EDGES)])
     files = [
         TransparentFile(path=FAMILY / f"tiny_transparent_{name}.safetensors") for name in ("attn", "decoder", "encoder")

@@ -60,7 +60,7 @@ def _faults(
 ) -> Iterator[tuple[str, str, Fault | None]]:
     """(part, comparison, fault) for every part that the source made."""
     from glassine.convert.folder import convert_checkpoint
-    from glassine.convert.imports import import_coremltools
+    from glassine.convert.imports import import_coremltools_quietly_later
     from glassine.convert.ingredients import ingredients
     from glassine.convert.swap import change_loras
     from glassine.convert.verify import JUDGED, detect_again, inputs_of
@@ -73,7 +73,7 @@ def _faults(
     manifest = Manifest.read(model)
     detected = detect_again(model, manifest, source, given, parts, allow_pickle)
     laid_over = ingredients(model, manifest, given, parts=parts, allow_pickle=allow_pickle)
-    import_coremltools()
+    import_coremltools_quietly_later()
     with tempfile.TemporaryDirectory(prefix="glassine_locate_") as place:
         anew = Path(place) / "fresh"
         options = _options(manifest, parts, whole=bool(laid_over.removable))

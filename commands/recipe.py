@@ -43,7 +43,7 @@ def recipe(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
     from glassine.convert import recipe as recipes
     from glassine.convert.checkpoint import open_checkpoint
     from glassine.convert.detect import detect
-    from glassine.convert.imports import import_coremltools
+    from glassine.convert.imports import import_coremltools_quietly_later
     from glassine.convert.palettize import Form
     from glassine.errors import PackageError
 
@@ -52,7 +52,7 @@ def recipe(source: Path, out: Path, as_json: bool, **asked: Any) -> None:
     if out.exists() and not asked["overwrite"]:
         raise PackageError(f"{out}: exists; choose another name or say --overwrite")
     forms = [Form.read(words) for words in asked["forms"].split(",")]
-    import_coremltools()
+    import_coremltools_quietly_later()
     detected = detect(open_checkpoint(source))
     scratch = tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".glassine_recipe_")
     with scratch as place, closing(_Run(engine_of(asked))) as run, bar("") as advance:

@@ -99,10 +99,10 @@ def other_forms(
         yield {}
         return
     from glassine.convert.forms import name_of, write_forms
-    from glassine.convert.imports import import_coremltools
+    from glassine.convert.imports import import_coremltools_quietly_later
     from glassine.runtime.tuning import Way
 
-    import_coremltools()
+    import_coremltools_quietly_later()
     with _workshop(found.folder) as place:
         ways: dict[str, dict[Form, Way]] = {}
         for role, unet in unets.items():

@@ -17,7 +17,6 @@ from glassine.convert.collage import steered_collages
 from glassine.convert.detect import Detected, detect
 from glassine.convert.digest import Files, digests
 from glassine.convert.extras import merged, with_extras
-from glassine.convert.graphs import ask
 from glassine.convert.names import Part as SourcePart
 from glassine.convert.network import Base, ConvertOptions, Form, Network, Precision, Role, Size
 from glassine.convert.package import check_space, replacing
@@ -274,7 +273,7 @@ def _check_whole_vae(source: Checkpoint, detected: Detected) -> None:
     """Refuse a VAE that lacks something before any arithmetic is done with it."""
     for role in VAE_ROLES:
         requests = Requests(detected.parts["vae"].shapes)
-        ask(partial(_write, role, detected.family, Form(attention="einsum")), requests, (64, 64))
+        _write(role, detected.family, Form(attention="einsum"), requests, (64, 64))
         requests.check(str(source.path))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import sys
@@ -18,22 +17,15 @@ _FRAMEWORKS = (
 )
 
 
-def import_coremltools() -> None:
-    """Import coremltools, hiding PyTorch, scikit-learn, SciPy, TensorFlow and their kind from it while it loads.
-
-    On import coremltools tries each of them for its converters, which takes seconds and hundreds of megabytes where
-    they are installed, and offers no setting against it. Only this one import is affected: the frameworks themselves
-    stay importable. But coremltools then believes for the life of the process that they are missing
-    (`ct.convert(torch_model)` refuses), so this is for programs of our own: the command line calls it, the library
-    never does. Nothing happens when coremltools is loaded already.
-    """
-    if "coremltools" not in sys.modules:
-        with _quiet():
-            importlib.import_module("coremltools")
-
-
 def import_coremltools_quietly_later() -> None:
-    """Let whoever imports coremltools first, if anybody does, import it as `import_coremltools` would."""
+    """Let whoever imports coremltools first, if anybody does, import it without its frameworks.
+
+    On import coremltools tries PyTorch, scikit-learn, SciPy, TensorFlow and their kind for its converters, which takes
+    seconds and hundreds of megabytes where they are installed, and offers no setting against it. Only this one import
+    is affected: the frameworks themselves stay importable. But coremltools then believes for the life of the process
+    that they are missing (`ct.convert(torch_model)` refuses), so this is for programs of our own: the command line
+    calls it, the library never does. Nothing happens when coremltools is loaded already.
+    """
     if "coremltools" not in sys.modules:
         sys.meta_path.insert(0, _Later())
 

@@ -123,8 +123,7 @@ class Network:
         does there. package: the file's stem, which takes the same suffix.
     weights: by canonical name; all of them are used, but for names that begin with one of `leaves`, which another
         network takes. source: what messages call them. files: what `Part.source_sha256` is the digest of.
-    write: writes the graph for a size in pixels; a function of this package with plain data bound to it, by which the
-        graph is known again.
+    write: writes the graph for a size in pixels.
     config: the network's description, a dataclass of `glassine.models.config`.
     about: what only this kind of part has to say. hashed: further entries of `about` -> files of which they are the
         sha256.

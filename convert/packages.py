@@ -7,11 +7,9 @@ weight.bin, hard-linked.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glassine import __version__
-from glassine.convert import graphs
 from glassine.convert.checkpoint import shorten
 from glassine.convert.chunks import cut, cuts_of
 from glassine.convert.digest import Files
 from glassine.convert.functions import join
-from glassine.convert.graphs import Written
 from glassine.convert.index import write_index
 from glassine.convert.network import Network, Size
 from glassine.convert.package import write_files
@@ -36,8 +32,8 @@ from glassine.convert.program import Description, Lowered, Plan, Requests, descr
 from glassine.convert.weights import Span, WeightSource
 from glassine.errors import ConversionError
 from glassine.manifest import Part
+from glassine.models.layers import newest_opset
 
-_BIG_GRAPH = 4 << 20  # bytes of a program: only SDXL's with split attention has more
 _FEATURES = {
     "input_ids": "The token ids of the prompt, padded to this length.",
     "last_hidden_state": "One vector a token.",
@@ -158,11 +154,10 @@ def plan_packages(
             if home in hosts:
                 cuts[home, size] = hosts[home].cuts(size)
         between = cuts.get((home, size), ()) if network.beside is not None else ()
-        written = _written(network, size, requests, plans[home, size], between, home in newest)
         words = _description(network, name)
         lowered, *pieces = (
-            replace(one, model=described(one.model, words)) if one.model else one
-            for one in (written.whole, *written.pieces)
+            replace(one, model=described(one.model, words), source=None)
+            for one in _lowered(network, size, requests, plans[home, size], between, home in newest)
         )
         cuts.setdefault((home, size), cuts_of(pieces))
         asked.setdefault(id(network.weights), set()).update(requests.asked)
@@ -179,36 +174,19 @@ def plan_packages(
     return packages
 
 
-def _written(
+def _lowered(
     network: Network, size: Size, requests: Requests, plan: Plan, between: Sequence[int], newest: bool
-) -> Written:
-    """Write a network's program and cut it, or recall what has been written before.
+) -> list[Lowered]:
+    """Write a network's program: whole, and the packages it is cut into (itself, where it is not).
 
     Raises:
         ConversionError: `requests` has not what the network asks for.
     """
-    source = str(network.source.path)
-    further = (size, sorted(requests.renamed.items()), tuple(between), network.chunks, newest)
-    key = None if network.palette is not None else graphs.key_of(network.write, plan, *further)
-    before = len(plan.records)
-    written = None if key is None else graphs.recalled(key, plan)
-    if written is not None:
-        graphs.replay(written, requests)
-        requests.check(source)
-        return written
-    from glassine.models.layers import newest_opset
-
-    with _collector_off(), newest_opset(newest):
+    with newest_opset(newest):
         program = network.write(requests, size)
-        requests.check(source)
+        requests.check(str(network.source.path))
         whole = lower(program, Description(features=_FEATURES), plan, network.palette)
-        del program
-        if len(whole.model) > _BIG_GRAPH:
-            gc.collect()  # a million objects that refer to each other: gone before the next ones come
-        written = Written(dict(requests.asked), whole, cut(whole, network.chunks, between))
-    if key is not None:
-        graphs.keep(key, written, plan.records[before:])
-    return written
+        return [whole, *cut(whole, network.chunks, between)]
 
 
 def _is_grouped(network: Network) -> bool:
@@ -229,18 +207,6 @@ def _joined(packages: list[Planned], network: Network) -> list[Planned]:
         }
         packages = [as_functions.get(id(package), package) for package in packages]
     return packages
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Spare the garbage collector a graph of a million objects that all stay: a fifth of the time to write it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Home:

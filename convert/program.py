@@ -6,7 +6,6 @@ turns the program into the bytes of model.mlmodel and a `Plan`: which record of 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -212,11 +211,6 @@ class Plan:
         """Note that this is in the existing file, in the record at `offset`, and need not be stored again."""
         self._offsets.setdefault(_identity(content, dtype), offset)
 
-    @property
-    def state(self) -> tuple[object, ...]:
-        """What decides the offsets that it gives."""
-        return self.end, tuple(self._offsets.items())
-
     def place(self, content: Content, shape: tuple[int, ...], dtype: str) -> int:
         """Return the offset of this content, giving it the next free one if it is new.
 
@@ -371,27 +365,29 @@ def _settle_names(program: Program) -> None:
 
 def _own_name(name: str, taken: set[str]) -> str:
     """Return `name`, or the first one with a number behind it that is not taken, and take it."""
-    own = next(own for own in itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1))) if own not in taken)
+    own, number = name, 0
+    while own in taken:
+        number += 1
+        own = f"{name}_{number}"
     taken.add(own)
     return own
 
 
 def _check_provenance(program: Program) -> None:
-    """Refuse operations that would compute with a weight alone: its values are not there yet."""
-    read = {id(var) for op in program.operations for var in op.reads}
+    """Refuse operations that would compute with a weight alone, whose values are not there, and weights without use."""
+    weights = {op.outputs[0]: op.outputs[0].val for op in program.operations if op.op_type == "const"}
+    weights = {var: val for var, val in weights.items() if isinstance(val, StandIn)}
+    used = set()
     for op in program.operations:
-        if op.op_type != "const":
-            if all(var.op is not None and var.op.op_type == "const" for var in op.reads) and any(
-                isinstance(var.val, StandIn) for var in op.reads
-            ):
-                raise ConversionError(f"{op.op_type} {op.name}: this operation would fold a weight")
-            continue
-        val = op.outputs[0].val
-        if isinstance(val, StandIn):
-            if val.weight is None:
-                raise ConversionError(f"constant {op.name}: a weight was changed before it reached the graph")
-            if id(op.outputs[0]) not in read:
-                raise ConversionError(f"{val.weight.name}: the network asked for this weight and does not use it")
+        read = [var for var in op.reads if var in weights]
+        used.update(read)
+        if read and all(var.op is not None and var.op.op_type == "const" for var in op.reads):
+            raise ConversionError(f"{op.op_type} {op.name}: this operation would fold a weight")
+    for var, val in weights.items():
+        if val.weight is None:
+            raise ConversionError(f"constant {var.name}: a weight was changed before it reached the graph")
+        if var not in used:
+            raise ConversionError(f"{val.weight.name}: the network asked for this weight and does not use it")
 
 
 def write_constant(

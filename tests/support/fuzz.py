@@ -174,10 +174,6 @@ def main() -> None:
     model = checkpoints.write_diffusers(folder / "diffusers", checkpoints.Sizes(vocabulary=512))
     configs = {path: path.read_text() for path in sorted(model.glob("*/*.json"))}
     path = folder / "damaged.safetensors"
-    if dry_runs:
-        from glassine.convert.imports import import_coremltools
-
-        import_coremltools()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTE, used + GIGABYTE))
     signal.signal(signal.SIGALRM, too_slow)
