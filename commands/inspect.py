@@ -62,7 +62,7 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
             _inspect_source(model, as_json)
         return
     if model.suffix == ".mlpackage":
-        packages, about, functions = {model.stem: model}, {}, {}
+        packages, about, functions, lost = {model.stem: model}, {}, {}, {}
     else:
         found = read_model(model)
         for notice in found.notices:
@@ -71,6 +71,7 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
         about = dataclasses.asdict(found.manifest)
         about = {key: value for key, value in about.items() if key not in ("parts", "versions")}
         functions = {role: part.about.get("function") for role, part in found.manifest.parts.items()}
+        lost = {role: part.about["palette"] for role, part in found.manifest.parts.items() if "palette" in part.about}
     if placement:
         show_placement(packages, functions, units, as_json)
         return
@@ -79,6 +80,8 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
     memory = memory_of(model, summaries) if about else {}
     if as_json:
         parts = {role: dataclasses.asdict(summary) for role, summary in summaries.items()}
+        for role, palette in lost.items():
+            parts[role]["palette"] = palette
         give({"model": about, "parts": parts, "memory": memory, "tuned": tuned_here(model) if about else {}}, "", True)
         return
     if about:
@@ -88,6 +91,8 @@ def inspect(model: Path, placement: bool, units: ComputeUnits, as_json: bool) ->
         click.echo("\n".join(decisions(about["decided"])))
     for role, package in packages.items():
         click.echo("\n".join(describe(f"{role} ({package.name})", programs[role].function(), summaries[role])))
+        if role in lost:
+            click.echo("\n".join(palette_lines(lost[role])))
     if about:
         click.echo("\n".join([*memory_lines(memory), *tuned_lines(tuned_here(model))]))
 
@@ -181,6 +186,20 @@ def describe(name: str, function: Function, summary: Summary) -> list[str]:
     counts = ", ".join(f"{operation} {count}" for operation, count in summary.operations.items())
     lines += textwrap.wrap(counts, 110, initial_indent="  ops  ", subsequent_indent="       ")
     return lines
+
+
+def palette_lines(lost: Mapping[str, Any]) -> list[str]:
+    """Say what weights in fewer bits have lost, and what that does to the output."""
+    forms = ", ".join(f"{count} weights as {form}" for form, count in lost["weights"].items())
+    if lost["snr_db"] is None:
+        return [f"  palettes: {forms}; nothing is lost"]
+    worst = f"the worst, {lost['worst']['name']}, at {lost['worst']['snr_db']:.1f} dB"
+    psnr = lost.get("output_psnr_db")
+    output = "not measured yet (glassine verify)" if psnr is None else f"{psnr:.1f} dB (PSNR) beside its source"
+    return [
+        f"  palettes: {forms}; signal to noise of the weights {lost['snr_db']:.1f} dB, {worst}",
+        f"  output: {output}",
+    ]
 
 
 def decisions(decided: Mapping[str, str]) -> list[str]:

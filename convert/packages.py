@@ -399,6 +399,6 @@ def _lost(losses: Mapping[str, Loss]) -> dict[str, Any]:
         "palette": {
             "weights": dict(sorted(forms.items())),
             "snr_db": round(10 * math.log10(power / error), 2) if error else None,
-            "worst": {"name": worst, "snr_db": round(losses[worst].snr, 2)},
+            "worst": {"name": worst, "snr_db": round(losses[worst].snr, 2) if error else None},
         }
     }

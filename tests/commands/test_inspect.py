@@ -117,3 +117,17 @@ def most_alive(block):
         alive = [v for name, v in made.items() if name in later or name in block.outputs or v in op.outputs]
         most = max(most, sum(math.prod(v.type.shape) * (2 if v.type.dtype == "float16" else 4) for v in alive))
     return most
+
+
+def test_a_model_with_palettes_says_what_they_cost(glassine, tiny_checkpoint, tmp_path):
+    small = tmp_path / "small"
+    glassine("convert", tiny_checkpoint, small, "--part", "unet", "--size", "64x64", "--palette", "4/16")
+    lost = Manifest.read(small).parts["unet"].about["palette"]
+    text = glassine("inspect", small).stdout
+    assert f"{lost['weights']['4/16']} weights as 4/16; signal to noise of the weights {lost['snr_db']:.1f} dB" in text
+    assert f"the worst, {lost['worst']['name']}, at {lost['worst']['snr_db']:.1f} dB" in text
+    assert "output: not measured yet (glassine verify)" in text
+    glassine("verify", small, tiny_checkpoint)
+    lost = Manifest.read(small).parts["unet"].about["palette"]
+    assert f"output: {lost['output_psnr_db']:.1f} dB (PSNR) beside its source" in glassine("inspect", small).stdout
+    assert json.loads(glassine("inspect", small, "--json").stdout)["parts"]["unet"]["palette"] == lost
