@@ -5,9 +5,9 @@
     python benchmarks/convert.py --family sdxl --only whole    # 3.5 G parameters, 6.9 GB; also sd2 and sdxl_refiner
     python benchmarks/convert.py --python PATH       # measure the `glassine` of another interpreter (one without torch)
 
-Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the
-disk is left alone until all earlier writes have reached it; writing itself goes through the page cache on both sides,
-as neither cp nor glassine waits for the disk.
+Needs three times the checkpoint of free disk (SD 1.5: 7 GB, SDXL: 21 GB). Before every run the disk is left alone until
+all earlier writes have reached it; writing itself goes through the page cache on both sides, as neither cp nor glassine
+waits for the disk.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ _IN_FILE = {
     IOS18: ("float16", "float32", "uint8", "int8", "uint16", "int16", "int32", "uint32"),
 }
 _IDENTIFIER = re.compile("[A-Za-z_][A-Za-z0-9_]*")
-_RESERVED = {"any", "bool", "program", "func", "tensor", "list", "dict", "tuple", "true", "false", "string", "state"}
+_RESERVED = {
+    *("any", "bool", "dict", "false", "func", "list", "program", "state", "string", "tensor", "true", "tuple"),
+    *("bf16", "fp16", "fp32", "fp64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,9 +360,7 @@ def _settle_names(program: Program) -> None:
             if var not in program.outputs:
                 var.name = _own_name(var.name, values)
     wrong = sorted(name for name in values | operations if name in _RESERVED or not _IDENTIFIER.fullmatch(name))
-    if wrong or len(program.inputs) + len(program.outputs) != len(
-        {*program.inputs, *(v.name for v in program.outputs)}
-    ):
+    if wrong:
         raise ConversionError(f"names of the graph that Core ML does not take: {shorten(wrong)}")
 
 

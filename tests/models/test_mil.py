@@ -110,6 +110,7 @@ def assert_as_coremltools(oracle: Any, write: Callable[[], Program]) -> None:
     theirs, plan = oracle.exported(write())
     assert lowered.plan == plan
     assert oracle.read(lowered.model) == theirs
+    assert lowered.model == theirs.SerializeToString(deterministic=True)
 
 
 # By default one form each, in turn.
