@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from glassine.convert.packages import (
     plan_packages,
     write_packages,
 )
+from glassine.convert.palettize import Palette
 from glassine.convert.program import Requests
 from glassine.convert.shapes import SAMPLE_CHANNELS
 from glassine.convert.source import remember_source
@@ -104,6 +105,8 @@ def convert_checkpoint(
         unets = {network.key: network.config for network in networks if network.role.endswith("unet")}
         networks += [*with_control(networks, base), *steered_collages(unets, base)]
     networks = [network.with_palette(options.palette) for network in networks]
+    if options.palette is not None:
+        _check_palette(options.palette, networks)
     _check_out(out, options)
     texts = _texts(checkpoint, detected, options) if any(network.role in TEXT_ROLES for network in networks) else {}
     with digests(hashed_files(networks), skip=options.dry_run) as digest:
@@ -121,6 +124,15 @@ def convert_checkpoint(
             if options.palette is not None:
                 remember_source(fresh, source)
     return written
+
+
+def _check_palette(palette: Palette, networks: Sequence[Network]) -> None:
+    packed = [network for network in networks if network.palette is not None]
+    if not packed:
+        raise ConversionError(
+            f"palette {palette}: is for UNets and control networks, and none is converted; without --palette, then"
+        )
+    palette.check({name: shape for network in packed for name, shape in network.weights.shapes.items()})
 
 
 def _base(checkpoint: Checkpoint, detected: Detected, networks: list[Network], options: ConvertOptions) -> Base:

@@ -116,6 +116,25 @@ class Palette:
         """Whether any weight has several tables, which are for macOS 15."""
         return any(form is not None and form.group > 0 for form in (self.form, *self.other.values()))
 
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse what does nothing for a network's weights.
+
+        Raises:
+            ConversionError: a recipe of another model, or groups that no weight's channels make.
+        """
+        strangers = sorted(set(self.other) - set(shapes))
+        if strangers:
+            raise ConversionError(
+                f"the recipe has weights that this model does not have ({len(strangers)}, the first is {strangers[0]}); "
+                "it was made for another one: make its own with 'glassine recipe'"
+            )
+        forms = {self.form_of(name, shape) for name, shape in shapes.items()}
+        if self.form is not None and self.form.group and not any(form is not None and form.group for form in forms):
+            raise ConversionError(
+                f"palette {self.form}: no weight has channels that make several whole groups of {self.form.group}; "
+                f"16 fits every Stable Diffusion, and {self.form.bits} alone is one table a weight"
+            )
+
     def form_of(self, name: str, shape: tuple[int, ...]) -> Form | None:
         """Return the form of the weight `name`, or None if it stays as it is.
 

@@ -266,6 +266,22 @@ def test_groups_that_do_not_divide_become_one_table():
     assert palette.form_of("c", (16, 320)) == Form("palette", 4)
 
 
+def test_what_does_nothing_is_refused(tiny_checkpoint, tmp_path):
+    def convert(words, part="unet"):
+        options = ConvertOptions(sizes=((64, 64),), part=part, palette=Palette.read(words))
+        convert_checkpoint(tiny_checkpoint, tmp_path / "small", options)
+
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"form": "6", "other": {"conv_in.weight": "8", "layers.7.weight": "8"}}))
+    with pytest.raises(ConversionError, match=r"weights that this model does not have \(1, the first is layers.7.weight\)"):
+        convert(str(recipe))
+    with pytest.raises(ConversionError, match="6/7: no weight has channels that make several whole groups of 7"):
+        convert("6/7")
+    with pytest.raises(ConversionError, match="is for UNets and control networks, and none is converted"):
+        convert("6", part="vae")
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint, tmp_path_factory):
     """The UNet of the tiny checkpoint, plain, and in 4 bits at two sizes."""
