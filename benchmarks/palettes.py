@@ -1,7 +1,7 @@
 """How fast are palettes, how small, how much is lost? SD 1.5's UNet at full size with weights as training leaves them.
 
     python benchmarks/palettes.py                          # 6 bits, then int8, 8 and 4 bits
-    python benchmarks/palettes.py --forms 6 4/16           # these
+    python benchmarks/palettes.py --forms 6 4/16 --recipe  # these, and a recipe of 4 and 6 bits
     python benchmarks/palettes.py --forms 6 --coremltools  # and coremltools' own palettize_weights (minutes, 4 GB)
 
 Weights are Student's t with 6 degrees of freedom, as heavy-tailed as a trained network's, scaled by 1 / sqrt(inputs).
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=["6", "int8", "8", "4"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--coremltools", action="store_true", help="also coremltools' own route, once")
+    parser.add_argument("--recipe", action="store_true", help="also glassine recipe, once (4 GB)")
     parser.add_argument("--folder", type=Path, help="where the files go while this runs")
     parser.add_argument("--child", nargs=3, metavar=("WHAT", "IN", "OUT"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -128,6 +129,11 @@ def main() -> None:
             for key, value in form(words, source, out, asked).items():
                 result[f"{words}_{key}"] = value
                 print(f"{words:5} {key}: {value}", flush=True)
+        if asked.recipe:
+            command = [sys.executable, "-m", "glassine", "recipe", str(source), "--decibels", "22", "--forms", "4,6"]
+            wall, peak = measure.child([*command, "-o", str(Path(place) / "recipe.json")], **measure.QUIET)
+            result |= {"recipe_seconds": wall, "recipe_peak_megabytes": peak}
+            print(f"recipe: {wall:.1f} s, {peak:.0f} MB", flush=True)
         bits = [int(words) for words in asked.forms if words.isdecimal()]
         if asked.coremltools and bits:
             shutil.rmtree(out, ignore_errors=True)

@@ -37,7 +37,7 @@ prompt_loras = options(
     click.option("--source", "lora_source", type=click.Path(path_type=Path), metavar="CHECKPOINT",
                  help="What a MODEL with palettes was made of, for LoRAs in the prompt.  [default: where it lay then]"),
 )  # fmt: skip
-_PACKED_A_SECOND = 4e7  # numbers that are merged and get palettes, on two cores
+_PACKED_A_SECOND = 3e7  # numbers that are merged and get palettes, on two cores
 _HASHED_A_SECOND = 1e9  # bytes
 
 

@@ -405,6 +405,7 @@ class PortableEngine:
             if offset in offsets:
                 array = fresh[file].read(offset, type_.dtype, tuple(tensor.shape), name=f"the record at {offset}")
                 tensor.copy_(self._executable.numerics.tensor(array, type_.dtype))
+                fresh[file].release()
 
     def close(self) -> None:
         """Drop the weights; the engine cannot be used afterwards."""
