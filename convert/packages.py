@@ -7,9 +7,11 @@ weight.bin, hard-linked.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -182,7 +184,7 @@ def _lowered(
     Raises:
         ConversionError: `requests` has not what the network asks for.
     """
-    with newest_opset(newest):
+    with _collector_off(), newest_opset(newest):
         program = network.write(requests, size)
         requests.check(str(network.source.path))
         whole = lower(program, Description(features=_FEATURES), plan, network.palette)
@@ -207,6 +209,18 @@ def _joined(packages: list[Planned], network: Network) -> list[Planned]:
         }
         packages = [as_functions.get(id(package), package) for package in packages]
     return packages
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Spare the garbage collector a graph of 200,000 objects that all stay: a fifth of the time to write it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Home:
