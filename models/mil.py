@@ -4,7 +4,7 @@ A network calls one function of this module for each operation; the call appends
 written (`with program:`) and returns the variable of its result, whose shape and dtype are known at once. Names,
 arguments, defaults, constants and the order of it all are those of coremltools' own builder and exporter, so that a
 program comes out byte for byte as theirs would (tests/models/test_mil.py holds one against the other). They take 0.3
-ms an operation, and a second to be imported; this takes a fiftieth of it.
+ms an operation, and a second to be imported; this takes a seventh, and next to nothing.
 
 An operation is defined by the type of its result:
 
