@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from glassine.runtime.control import Control
     from glassine.runtime.pipeline import Pipeline
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = ["Collage", "Control", "Layer", "Pipeline", "__version__"]
 
 
