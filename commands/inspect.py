@@ -139,11 +139,23 @@ def _inspect_picture(path: Path, as_json: bool) -> None:
     size = None if record.size is None else "{}x{}".format(*record.size)
     said = {**record.request, "size": size, "model": record.model.get("name")}
     lines += [f"  {name}: {value}" for name, value in said.items() if value is not None and value != ""]
-    lines += [f"  {role}: {file['name']}" for role, file in record.inputs.items()]
-    lines += [f"  control: {control}" for control in record.controls]
+    collage = dict(record.collage) if record.collage is not None else {}
+    layers = [("layer", layer) for layer in collage.pop("layers", ())]
+    controls = [("control", control) for control in record.controls]
+    lines += [
+        f"  {name}: {_plain(told)}" for name, told in (*record.inputs.items(), *controls, *collage.items(), *layers)
+    ]
     lines += [f"  note: {notice}" for notice in record.notices]
-    lines.append(f"  use: glassine generate MODEL --from {path.name}")
+    again = "generate MODEL" if record.collage is None else "collage --model MODEL"
+    lines.append(f"  use: glassine {again} --from {path.name}")
     give(dataclasses.asdict(record), "\n".join(lines), as_json)
+
+
+def _plain(told: Any) -> str:
+    """What a picture says of itself, in words: a file is its name."""
+    if not isinstance(told, dict):
+        return str(told)
+    return str(told["name"]) if "sha256" in told else ", ".join(f"{key} {_plain(each)}" for key, each in told.items())
 
 
 def _said(found: Described) -> str:

@@ -1,7 +1,6 @@
 """generate, map and fan on a small random model: what they write, what they say, what they refuse."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,8 +77,7 @@ def test_too_little_memory_is_said_before_drawing(glassine, tiny_folder, monkeyp
     numbers = [
         4 * Manifest.read(tiny_folder).parts[role].parameters for role in ("text_encoder", "unet", "vae_decoder")
     ]
-    here = replace(machine.this_machine(), available=int(free * sum(numbers)))
-    monkeypatch.setattr(machine, "this_machine", lambda: here)
+    monkeypatch.setattr(machine, "available_memory", lambda: int(free * sum(numbers)))
     monkeypatch.setattr(Pipeline, "run", refuse)
     result = glassine("generate", tiny_folder, "a cat", "--seed", "1", *low_memory)
     assert result.exit_code == 1

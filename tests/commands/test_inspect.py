@@ -93,7 +93,15 @@ def test_a_picture_says_how_it_was_drawn(glassine, tiny_folder, tmp_path):
     glassine("generate", tiny_folder, "a boat, (red:1.2)", "--steps", "2", "--seed", "7", "-o", "boat.png")
     text = glassine("inspect", "boat.png").stdout
     assert {"  prompt: a boat, (red:1.2)", "  steps: 2", "  seed: 7", "  size: 64x64"} <= set(text.splitlines())
+    assert text.endswith("use: glassine generate MODEL --from boat.png\n")
     assert json.loads(glassine("inspect", "boat.png", "--json").stdout)["request"]["seed"] == 7
+    Image.new("RGBA", (32, 32), "red").save(tmp_path / "red.png")
+    project = {"prompt": "a red star", "steps": 2, "seed": 7, "layers": [{"image": "red.png", "change": 0.5}]}
+    (tmp_path / "star.json").write_text(json.dumps(project))
+    glassine("collage", "star.json", "--model", tiny_folder, "-o", "star.png")
+    text = glassine("inspect", "star.png").stdout
+    assert "red.png" in text
+    assert text.endswith("use: glassine collage --model MODEL --from star.png\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     result = glassine("inspect", "plain.png")
     assert result.exit_code == 1
