@@ -155,7 +155,11 @@ def _plain(told: Any) -> str:
     """What a picture says of itself, in words: a file is its name."""
     if not isinstance(told, dict):
         return str(told)
-    return str(told["name"]) if "sha256" in told else ", ".join(f"{key} {_plain(each)}" for key, each in told.items())
+    return (
+        str(told["name"])
+        if {"name", "sha256"} <= told.keys()
+        else ", ".join(f"{key} {_plain(each)}" for key, each in told.items())
+    )
 
 
 def _said(found: Described) -> str:

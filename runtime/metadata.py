@@ -353,6 +353,7 @@ def _parse_own(path: Path, text: str) -> Record:
         and isinstance(controls, list)
         and all(isinstance(control, dict) and _are_files(control.get("files")) for control in controls)
         and isinstance(raw.get("collage", {}), dict)
+        and isinstance(raw.get("collage", {}).get("layers", []), list)
     )
     if not good:
         raise RequestError(

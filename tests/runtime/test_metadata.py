@@ -239,6 +239,8 @@ def own(**changes: Any) -> str:
     [
         ("{", "its glassine text is damaged"),
         ("[" * 50000, "its glassine text is damaged"),
+        (own(collage=[]), "its glassine text is damaged"),
+        (own(collage={"layers": 3}), "its glassine text is damaged"),
         ("[]", "format_version None, this Glassine reads 1"),
         (own(format_version=2), "format_version 2, this Glassine reads 1; update Glassine"),
         (own().replace('"strength": 1.0', '"strength": NaN'), "NaN is not a number"),
