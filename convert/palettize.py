@@ -125,8 +125,8 @@ class Palette:
         strangers = sorted(set(self.other) - set(shapes))
         if strangers:
             raise ConversionError(
-                f"the recipe has weights that this model does not have ({len(strangers)}, the first is {strangers[0]}); "
-                "it was made for another one: make its own with 'glassine recipe'"
+                f"the recipe has weights that this model does not have ({len(strangers)}, the first is "
+                f"{strangers[0]}); it was made for another one: make its own with 'glassine recipe'"
             )
         forms = {self.form_of(name, shape) for name, shape in shapes.items()}
         if self.form is not None and self.form.group and not any(form is not None and form.group for form in forms):

@@ -78,7 +78,8 @@ def test_figures_are_those_that_were_planned(glassine, plan, mac, tiny_folder, t
     assert report.pictures.about == {"steps": 20}
     assert report.settings["asked"] == ["ane", "gpu"]
     for said in ("unet", "  ane *", "200 ms (198-202) n=10", "400 ms (396-404) n=10", "a picture, 20 steps",
-                 "8.00 s (8.00-8.00) n=10", "7.50", "limits, 2.60 TFLOP/s, 68.2 GB/s: published, M1, GPU with 8"):  # fmt: skip
+                 "8.00 s (8.00-8.00) n=10", "7.50",
+                 "limits, 2.60 TFLOP/s, 68.2 GB/s: published, M1, GPU with 8"):  # fmt: skip
         assert said in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     with Image.open(tmp_path / "a.png") as picture:

@@ -273,7 +273,7 @@ def test_what_does_nothing_is_refused(tiny_checkpoint, tmp_path):
 
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"form": "6", "other": {"conv_in.weight": "8", "layers.7.weight": "8"}}))
-    with pytest.raises(ConversionError, match=r"weights that this model does not have \(1, the first is layers.7.weight\)"):
+    with pytest.raises(ConversionError, match=r"that this model does not have \(1, the first is layers.7.weight\)"):
         convert(str(recipe))
     with pytest.raises(ConversionError, match="6/7: no weight has channels that make several whole groups of 7"):
         convert("6/7")
