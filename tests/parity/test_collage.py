@@ -165,8 +165,7 @@ def test_what_is_not_biased_is_the_plain_unet(networks: Any, opened: Opened, att
 
     off = drawn(placed(12, 8, 77, attract=(0.0, 0.0), repel=(0.0, 0.0)))
     if attention == "sdpa":  # whose plain UNet lets one operation do what is written out here
-        assert networks.decibels(off, expected) >= 50
-        print("SDPA", networks.decibels(off, expected))
+        assert networks.decibels(off, expected) >= 60  # measured 67
     else:
         assert np.array_equal(off, expected)
     on = drawn(placed(12, 8, 77))
